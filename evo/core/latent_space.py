@@ -1,0 +1,87 @@
+"""The latent space: one point on a sphere for every vocabulary entry.
+
+B batch, N tokens, V vocabulary, D latent dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from evo.schedules import Schedule
+
+
+class LatentSpace(nn.Module):
+    """Learned embeddings e(v), held on a sphere.
+
+    Only the radius and the size of the vocabulary decide at which noise level a token becomes unreadable, so the radius is fixed
+    and only directions are learned. The default sqrt(2 ln V) places that level in the middle of [0, 1] for a cosine schedule.
+
+    Args:
+        vocab_size: V, at least 2.
+        dim: D, the latent dimension.
+        radius: the norm of every embedding; None is sqrt(2 ln V).
+
+    Raises:
+        ValueError: for a vocabulary of fewer than two entries, a dimension below one, or a radius that is not positive.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, radius: float | None = None) -> None:
+        super().__init__()
+        if vocab_size < 2:
+            raise ValueError(f"vocab_size is {vocab_size}; a latent space needs at least 2 entries to tell apart")
+        if dim < 1:
+            raise ValueError(f"dim is {dim}; a latent space needs at least 1 dimension")
+        radius = math.sqrt(2 * math.log(vocab_size)) if radius is None else radius
+        if not (math.isfinite(radius) and radius > 0):
+            raise ValueError(f"radius is {radius}; it must be positive and finite (None is sqrt(2 ln V))")
+        self.vocab_size, self.dim, self.radius = vocab_size, dim, radius
+        # Near unit norm: a step of Adam then turns a direction by about its learning rate times sqrt(D).
+        self.directions = nn.Parameter(torch.randn(vocab_size, dim) / math.sqrt(dim))
+
+    @property
+    def weight(self) -> Tensor:
+        """e(v) for every entry, (V, D). Computed at each access: take it once per call and pass it on."""
+        return self.radius * F.normalize(self.directions, dim=-1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """e(x) of token ids (...): (..., D), without normalising the rest of the table."""
+        return self.radius * F.normalize(F.embedding(tokens, self.directions), dim=-1)
+
+    def log_likelihood(self, latents: Tensor, level: Tensor, schedule: Schedule) -> Tensor:
+        """Of every entry, log N(z; s e(v), n² I) up to a constant in v, in nats: (..., D) and (...) -> (..., V).
+
+        0 below `schedule.t_min`, see `evidence_query`.
+        """
+        return evidence_query(latents, level, schedule) @ evidence_table(self.weight).to(latents.dtype).T
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """The entry whose embedding is nearest to each latent: (..., D) -> (...) ids."""
+        weight = self.weight.to(latents.dtype)
+        return (latents @ weight.T - 0.5 * weight.square().sum(-1)).argmax(-1)
+
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.vocab_size}, dim={self.dim}, radius={self.radius:.4g}"
+
+
+def evidence_table(embeddings: Tensor) -> Tensor:
+    """Embeddings (V, D) with half their squared norm behind them, (V, D+1): what `evidence_query` is multiplied with."""
+    return torch.cat([embeddings, 0.5 * embeddings.square().sum(-1, keepdim=True)], dim=-1)
+
+
+def evidence_query(latents: Tensor, level: Tensor, schedule: Schedule) -> Tensor:
+    """The query (..., D+1) of latents (..., D) at levels (...) whose product with the evidence table is l, (..., V), in nats.
+
+    l(v) = (s <z, e(v)> - s² |e(v)|² / 2) / n² is Bayes' term for a latent seen through Gaussian noise, one matrix product.
+    It is 0 below `schedule.t_min`, where a token is realised and there is nothing to add.
+    """
+    noisy = level >= schedule.t_min
+    level = level.clamp(min=schedule.t_min)
+    signal, noise = schedule.signal(level), schedule.noise(level)
+    precision = torch.where(noisy, signal / noise.square(), 0.0)
+    return torch.cat([precision.unsqueeze(-1) * latents, -(precision * signal).unsqueeze(-1)], dim=-1)

@@ -1,0 +1,20 @@
+"""What reads a hidden state: progression time, token prior, decoding.
+
+Nothing here knows of the rest of the library: a head takes tensors and returns tensors.
+"""
+
+from evo.heads.decoder import Decoder, LinearDecoder, NearestNeighborDecoder
+from evo.heads.prior import NucleusPrior
+from evo.heads.readout import Readout
+from evo.heads.timestep import EntropyTimestep, FixedTimestep, TimestepHead
+
+__all__ = [
+    "Decoder",
+    "EntropyTimestep",
+    "FixedTimestep",
+    "LinearDecoder",
+    "NearestNeighborDecoder",
+    "NucleusPrior",
+    "Readout",
+    "TimestepHead",
+]

@@ -1,0 +1,176 @@
+"""Masks by their definition, the cache (M-1), and the backbone's promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evo.core import Cache, Causal, Transformer, Window
+from evo.core.attention import Attention, rotary_table, rotate
+from evo.core.masks import as_positions, lower
+from tests.conftest import generator, random_model
+
+MODEL = random_model()
+BACKBONE, D = MODEL.backbone, MODEL.latent_space.dim
+CPU = torch.device("cpu")
+
+
+def inputs(seed: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draws = generator(seed)
+    latents = torch.randn(batch, length, D, generator=draws, dtype=torch.float64)
+    return latents, torch.rand(batch, length, generator=draws, dtype=torch.float64)
+
+
+@given(
+    prompt=st.integers(0, 6),
+    start=st.integers(0, 6),
+    count=st.integers(1, 6),
+    length=st.one_of(st.none(), st.integers(1, 12)),
+)
+def test_masks_lower_to_their_definition(prompt, start, count, length):
+    keys = start + count
+    for mask in (Causal(), Window(prompt, length)):
+        queries = range(start, keys)
+        lowered = lower(mask, queries, range(keys), CPU)
+        if lowered.causal:
+            found = torch.ones(count, keys, dtype=torch.bool).tril()
+        elif lowered.matrix is None:
+            found = torch.ones(count, keys, dtype=torch.bool)
+        else:
+            found = lowered.matrix[0, 0]
+        for row, q in enumerate(queries):
+            for k in range(keys):
+                in_window = isinstance(mask, Window) and q >= prompt and k >= prompt
+                expected = k <= q or in_window
+                if isinstance(mask, Window) and length is not None:
+                    expected = expected and k < length
+                assert bool(found[row, k]) == (expected or q == k)
+
+
+def test_windows_may_differ_between_sequences():
+    mask = Window(torch.tensor([1, 3]), torch.tensor([5, 4]))
+    matrix = lower(mask, range(5), range(5), CPU).matrix
+    for row, (prompt, length) in enumerate([(1, 5), (3, 4)]):
+        alone = mask.__class__(prompt, length)
+        expected = alone.allowed(as_positions(range(5), CPU), as_positions(range(5), CPU))[0] | torch.eye(
+            5, dtype=torch.bool
+        )
+        assert torch.equal(matrix[row, 0], expected)
+
+
+@given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_m_1_cached_and_uncached_agree(seed, cuts):
+    latents, level = inputs(seed, 2, sum(cuts))
+    whole = BACKBONE(latents, level)
+    cache, rows, start = Cache(2), [], 0
+    with torch.no_grad():
+        for count in cuts:
+            here = slice(start, start + count)
+            rows.append(BACKBONE(latents[:, here], level[:, here], cache=cache, store=True))
+            start += count
+    torch.testing.assert_close(torch.cat(rows, 1), whole, rtol=0, atol=1e-12)
+    assert cache.length == start
+    assert cache.capacity < 2 * max(2, start)
+
+
+@given(seed=st.integers(0, 10**6), prompt=st.integers(1, 5))
+def test_m_1_the_prompt_does_not_depend_on_the_window(seed, prompt):
+    latents, level = inputs(seed, 2, 9)
+    other, _ = inputs(seed + 1, 2, 9)
+    other[:, :prompt] = latents[:, :prompt]
+    own = torch.arange(9) >= prompt
+    caches = []
+    for z in (latents, other):
+        cache = Cache(9)
+        with torch.no_grad():
+            BACKBONE(z, level, mask=Window(prompt), own=own, cache=cache, store=True)
+        caches.append(cache)
+    for layer in range(len(BACKBONE.blocks)):
+        for first, second in zip(caches[0].read(layer), caches[1].read(layer), strict=True):
+            assert torch.equal(first[:, :, :prompt], second[:, :, :prompt])
+            assert not torch.equal(first, second)
+
+
+@given(seed=st.integers(0, 10**6), prompt=st.integers(1, 5))
+def test_m_1_a_window_behind_a_cached_prompt_is_the_window_in_one_pass(seed, prompt):
+    latents, level = inputs(seed, 2, 9)
+    own = torch.arange(9) >= prompt
+    whole = BACKBONE(latents, level, mask=Window(prompt), own=own)[:, prompt:]
+    cache = Cache(prompt)
+    with torch.no_grad():
+        BACKBONE(latents[:, :prompt], level[:, :prompt], cache=cache, store=True)
+    behind = BACKBONE(latents[:, prompt:], level[:, prompt:], mask=Window(prompt), own=own[prompt:], cache=cache)
+    torch.testing.assert_close(behind, whole, rtol=0, atol=1e-12)
+    assert cache.length == prompt
+
+
+def test_a_cropped_cache_forgets():
+    latents, level = inputs(0, 1, 6)
+    cache = Cache(1)
+    with torch.no_grad():
+        BACKBONE(latents, level, cache=cache, store=True)
+        cache.crop(3)
+        again = BACKBONE(latents[:, 3:], level[:, 3:], cache=cache, store=True)
+    torch.testing.assert_close(again, BACKBONE(latents, level)[:, 3:], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="cannot crop a cache of 6 slots to 7"):
+        cache.crop(7)
+
+
+@given(seed=st.integers(0, 10**6), position=st.integers(0, 7))
+def test_levels_are_per_token(seed, position):
+    latents, level = inputs(seed, 1, 8)
+    changed = level.clone()
+    changed[0, position] = (level[0, position] + 0.5) % 1
+    before, after = BACKBONE(latents, level), BACKBONE(latents, changed)
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert not torch.allclose(before[:, position], after[:, position], atol=1e-6)
+
+
+def test_at_level_zero_the_level_embedding_is_silent():
+    latents, level = inputs(0, 2, 5)
+    expected = BACKBONE(latents, torch.zeros_like(level))
+    model = random_model()
+    torch.nn.init.normal_(model.backbone.level_embedding.linear.weight)
+    assert torch.equal(model.backbone(latents, torch.zeros_like(level)), expected)
+
+
+@given(shift=st.integers(1, 20))
+def test_rotary_embedding_is_relative(shift):
+    angles = rotary_table(64, 8, 10_000.0)
+    q, k = torch.randn(2, 8, generator=generator(shift), dtype=torch.float64)
+
+    def turned(x, position):
+        angle = torch.cat([angles[position], angles[position]])
+        return rotate(x, (angle.cos(), angle.sin()))
+
+    near, far = turned(q, 7) @ turned(k, 3), turned(q, 7 + shift) @ turned(k, 3 + shift)
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-12)
+
+
+def test_grouped_heads_are_repeated_heads():
+    grouped = Attention(32, 4, 2).double()
+    full = Attention(32, 4).double()
+    full.q.load_state_dict(grouped.q.state_dict())
+    full.out.load_state_dict(grouped.out.state_dict())
+    for name in ("k", "v"):
+        weight = getattr(grouped, name).weight.detach().view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+        getattr(full, name).weight.data.copy_(weight)
+    x = torch.randn(2, 5, 32, generator=generator(), dtype=torch.float64)
+    angles = rotary_table(5, 8, 10_000.0)
+    rotation = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin())
+    mask = lower(Causal(), range(5), range(5), CPU)
+    torch.testing.assert_close(grouped(x, rotation, mask), full(x, rotation, mask), rtol=0, atol=1e-12)
+
+
+def test_sizes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="width 30, heads 4"):
+        Attention(30, 4)
+    with pytest.raises(ValueError, match="kv_heads 3"):
+        Attention(32, 4, 3)
+    with pytest.raises(ValueError, match="at least one slot"):
+        Cache(0)
+    backbone = Transformer(4, 16, 1, 2, positions=5)
+    with pytest.raises(ValueError, match=r"6 positions .* do not fit this model's 5"):
+        backbone(torch.zeros(1, 6, 4), torch.zeros(1, 6))

@@ -1,0 +1,225 @@
+"""Writing text: steps of every token (K-1), windows, prompts of different lengths, stop tokens, seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evo import solvers
+from evo.core import generation
+from evo.heads import FixedTimestep, LinearDecoder, NearestNeighborDecoder, NucleusPrior
+from evo.schedules import by_order, early_stop, full, late_start, step_counts
+from evo.solvers import Euler, Exponential, Heun
+from tests.conftest import generator, random_model
+
+MODEL = random_model()
+V, D = MODEL.latent_space.vocab_size, MODEL.latent_space.dim
+
+
+def prompt_of(seed: int, batch: int = 2, length: int = 4) -> torch.Tensor:
+    return torch.randint(0, V, (batch, length), generator=generator(seed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched(Euler):
+    """Euler that remembers the states it was given."""
+
+    rows: list = field(default_factory=list)
+
+    def step(self, field, latents, level, next_level, state):
+        self.rows.append((latents, level))
+        return super().step(field, latents, level, next_level, state)
+
+
+@given(seed=st.integers(0, 10**6), max_steps=st.integers(1, 12), plan=st.sampled_from([early_stop, late_start]))
+def test_k_1_every_token_takes_its_steps_and_then_stands_still(seed, max_steps, plan):
+    solver = Watched()
+    out = MODEL.generate(
+        prompt_of(seed), 6, solver=solver, plan=plan, max_steps=max_steps, generator=generator(seed), trajectory=True
+    )
+    (steps,) = out.trajectory
+    counts = step_counts(out.levels, max_steps)
+    assert torch.equal(steps.levels, plan(out.levels, max_steps))
+    live = (steps.levels[:, :-1] > 0).sum(1)
+    waits = (steps.levels[:, :-1] == out.levels[:, None]).sum(1) - 1 if plan is late_start else 0
+    assert torch.equal(live - waits * (counts > 0), counts)
+    assert torch.equal(steps.tokens[:, -1], out.tokens)
+    # From the row where its level is 0 a token is the embedding of its word, bit for bit.
+    embeddings = MODEL.latent_space.weight
+    for latents, level in solver.rows:
+        done = level == 0
+        assert torch.equal(latents[done], embeddings[out.tokens][done])
+
+
+@given(seed=st.integers(0, 10**6))
+def test_a_committed_token_is_decoded_from_the_state_its_last_step_starts_from(seed):
+    out = MODEL.generate(prompt_of(seed), 6, generator=generator(seed), trajectory=True, max_steps=5)
+    (steps,) = out.trajectory
+    for row in range(5):
+        commits = (steps.levels[:, row] > 0) & (steps.levels[:, row + 1] == 0)
+        assert torch.equal(steps.tokens[:, row][commits], out.tokens[commits])
+
+
+@pytest.mark.parametrize("plan", [early_stop, late_start, full, by_order(torch.linspace(0, 1, 7), 0.4)], ids=str)
+@pytest.mark.parametrize("name", ["euler", "heun", "exponential", "dopri5"])
+def test_every_solver_walks_every_plan(plan, name):
+    solver = {
+        "euler": Euler(),
+        "heun": Heun(steps=6),
+        "exponential": Exponential(schedule=MODEL.schedule),
+        "dopri5": solvers.TorchDiffEq("dopri5", rtol=1e-3, atol=1e-3),
+    }[name]
+    out = MODEL.generate(
+        prompt_of(1), 7, solver=solver, plan=plan, max_steps=6, generator=generator(1), timestep_head=FixedTimestep(0.9)
+    )
+    assert out.tokens.shape == (2, 7)
+    rows = {"euler": 6, "heun": 11, "exponential": 6}
+    if name in rows and plan is full:
+        assert out.nfe == rows[name]
+    assert 0 < out.nfe < 2000
+
+
+def test_solvers_agree_as_steps_grow():
+    head = FixedTimestep(0.8)
+    written = [
+        MODEL.generate(
+            prompt_of(3),
+            6,
+            solver=solver,
+            max_steps=steps,
+            timestep_head=head,
+            temperature=0,
+            generator=generator(3),
+            plan=full,
+        ).tokens
+        for solver, steps in ((Euler(), 400), (Heun(), 100), (Exponential(schedule=MODEL.schedule), 400))
+    ]
+    assert torch.equal(written[0], written[1])
+    assert torch.equal(written[0], written[2])
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_same_seed_gives_the_same_text(seed):
+    first, second = (MODEL.generate(prompt_of(seed), 8, generator=generator(seed), max_steps=4) for _ in range(2))
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.levels, second.levels)
+
+
+def test_another_seed_gives_another_text():
+    texts = {
+        tuple(MODEL.generate(prompt_of(0), 8, generator=generator(seed), max_steps=4).tokens.flatten().tolist())
+        for seed in range(5)
+    }
+    assert len(texts) > 1
+
+
+def generate_with(noise, *args, **kwargs):
+    """`MODEL.generate` with the noise of its windows given: what is drawn depends on the shape of the batch, what is written must not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "standard_normal", lambda *_: noise)
+        return MODEL.generate(*args, **kwargs)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    lengths=st.lists(st.integers(0, 5), min_size=2, max_size=3),
+    level=st.sampled_from([0.0, 0.35, 1.0]),
+)
+def test_prompts_of_different_lengths_are_as_if_alone(seed, lengths, level):
+    prompt = prompt_of(seed, len(lengths), 5)
+    size = torch.tensor(lengths)
+    greedy = {"temperature": 0, "timestep_head": FixedTimestep(level), "max_steps": 4}
+    noise = torch.randn(len(lengths), 5, D, generator=generator(seed), dtype=torch.float64)
+    together = generate_with(noise, prompt, 5, lengths=size, **greedy)
+    for row, length in enumerate(lengths):
+        alone = generate_with(noise[row : row + 1], prompt[row : row + 1, :length], 5, **greedy)
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+
+
+@given(seed=st.integers(0, 10**6), level=st.sampled_from([0.0, 0.6]), window=st.sampled_from([None, 2, 3]))
+def test_stop_tokens_end_a_sequence(seed, level, window):
+    prompt = prompt_of(seed, 4, 3)
+    options = {"timestep_head": FixedTimestep(level), "max_steps": 3, "window": window}
+    out = MODEL.generate(prompt, 9, stop=[2, 5], generator=generator(seed), **options)
+    for tokens, length in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True):
+        assert not {2, 5} & set(tokens[: length - 1])
+        if length < 9:
+            assert tokens[length - 1] in (2, 5)
+            assert set(tokens[length:]) <= {2}
+
+
+def test_without_a_stop_token_every_sequence_is_full():
+    out = MODEL.generate(prompt_of(0), 9, generator=generator(0))
+    assert out.lengths.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_an_empty_prompt_is_a_prompt(window):
+    out = MODEL.generate(torch.zeros(3, 0, dtype=torch.int64), 6, window=window, generator=generator(0), max_steps=3)
+    assert out.tokens.shape == (3, 6)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_a_finished_window_is_prompt_to_the_next(seed):
+    """Greedy, at level 1 and with fixed noise a window depends on what precedes it alone."""
+    greedy = {"temperature": 0, "timestep_head": FixedTimestep(1.0), "max_steps": 3}
+    prompt = prompt_of(seed, 1)
+    noise = torch.randn(1, 4, D, generator=generator(seed), dtype=torch.float64)
+    both = generate_with(noise, prompt, 8, window=4, **greedy).tokens
+    first = generate_with(noise, prompt, 4, **greedy).tokens
+    second = generate_with(noise, torch.cat([prompt, first], 1), 4, **greedy).tokens
+    assert torch.equal(both, torch.cat([first, second], 1))
+
+
+def test_levels_below_one_step_are_final():
+    out = MODEL.generate(prompt_of(0), 5, timestep_head=FixedTimestep(0.24), max_steps=4, generator=generator(0))
+    assert (out.levels == 0).all()
+    assert out.nfe == 0
+    out = MODEL.generate(prompt_of(0), 5, timestep_head=FixedTimestep(0.25), max_steps=4, generator=generator(0))
+    assert (out.levels == 0.25).all()
+    assert out.nfe == 1
+
+
+def test_decoders_and_priors_are_swapped_by_hand():
+    prompt = prompt_of(0)
+    out = MODEL.generate(prompt, 6, decoder=NearestNeighborDecoder(), generator=generator(0), max_steps=4)
+    sampled = LinearDecoder(prior=NucleusPrior(top_p=1.0, temperature=1.0))
+    other = MODEL.generate(prompt, 6, decoder=sampled, generator=generator(0), max_steps=4)
+    assert out.tokens.shape == other.tokens.shape == (2, 6)
+    banned = NucleusPrior(processors=(lambda logits: logits.index_fill(-1, torch.tensor([0, 1, 2]), -torch.inf),))
+    at_once = MODEL.generate(prompt, 20, prior=banned, timestep_head=FixedTimestep(0), generator=generator(0))
+    assert at_once.tokens.min() >= 3
+
+
+def test_generation_leaves_the_mode_as_it_was():
+    model = random_model()
+    model.train()
+    model.generate(prompt_of(0), 3, generator=generator(0), max_steps=2)
+    assert model.training
+
+
+def test_a_vector_field_behind_a_prompt_is_the_window_of_one_pass():
+    prompt = prompt_of(7)
+    latents = torch.randn(2, 5, D, generator=generator(7), dtype=torch.float64)
+    level = torch.rand(2, 5, generator=generator(8), dtype=torch.float64) * 0.8 + 0.15
+    clean = MODEL.latent_space.embed(prompt)
+    size = torch.full((2,), 4)
+    hidden = MODEL.refine(
+        torch.cat([clean, latents], 1), torch.cat([torch.zeros(2, 4).double(), level], 1), prompt=size
+    )[:, 4:]
+    logits = MODEL.readout(hidden, MODEL.latent_space.weight)
+    flow = MODEL.vector_field(prompt)
+    torch.testing.assert_close(flow.network(latents, level), logits, rtol=0, atol=1e-12)
+    assert (flow(latents, torch.full_like(level, 0.05)) == 0).all()
+
+
+def test_nan_weights_are_found_while_refining():
+    model = random_model()
+    with torch.no_grad():
+        model.backbone.own_role[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.generate(prompt_of(0), 4, timestep_head=FixedTimestep(1), generator=generator(0))
