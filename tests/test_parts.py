@@ -38,6 +38,14 @@ class TestLatentSpace:
         torch.testing.assert_close(space.weight.norm(dim=-1), torch.full((11,), expected, dtype=torch.float64))
 
     @given(seed=SEEDS)
+    def test_noise_from_the_seed_of_the_model_does_not_point_at_its_embeddings(self, seed):
+        torch.manual_seed(seed)
+        directions = LatentSpace(64, 32).directions.detach()
+        noise = torch.randn(64, 32, generator=generator(seed))
+        alignment = torch.nn.functional.cosine_similarity(directions, noise, dim=-1)
+        assert alignment.mean().abs() < 6 / (64 * 32) ** 0.5
+
+    @given(seed=SEEDS)
     def test_embedding_is_a_row_of_the_table(self, seed):
         space = space_of(seed)
         tokens = torch.randint(0, 11, (2, 5), generator=generator(seed))

@@ -235,7 +235,7 @@ def _refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[
 
     A token's last step lands on the denoised latent of the state it starts from, and commits.
     """
-    plan = request.plan(sketch.levels, request.max_steps)
+    plan = request.plan(sketch.levels, request.max_steps, state.denoiser.schedule.t_min)
     changes = plan[:, 1:] != plan[:, :-1]
     commits = changes & (plan[:, 1:] == 0)
     # One synchronisation a window: which rows do anything, and which of them move anything that is not committed.

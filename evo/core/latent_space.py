@@ -41,8 +41,20 @@ class LatentSpace(nn.Module):
         if not (math.isfinite(radius) and radius > 0):
             raise ValueError(f"radius is {radius}; it must be positive and finite (None is sqrt(2 ln V))")
         self.vocab_size, self.dim, self.radius = vocab_size, dim, radius
-        # Near unit norm: a step of Adam then turns a direction by about its learning rate times sqrt(D).
-        self.directions = nn.Parameter(torch.randn(vocab_size, dim) / math.sqrt(dim))
+        self.directions = nn.Parameter(torch.empty(vocab_size, dim))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Random directions, near unit norm: a step of Adam then turns one by about its learning rate times sqrt(D).
+
+        They come from a stream of their own, seeded by the global one. Straight from the global stream they would be the very numbers
+        that a generator with the same seed gives as noise, and noise that points at embeddings makes every bound wrong.
+        """
+        if self.directions.is_meta:
+            return
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+        generator = torch.Generator(self.directions.device).manual_seed(seed)
+        nn.init.normal_(self.directions, std=self.dim**-0.5, generator=generator)
 
     @property
     def weight(self) -> Tensor:
