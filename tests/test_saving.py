@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from evo import Evo, EvoConfig
 from evo.core import LatentSpace, Transformer
-from evo.core.serialization import _json_sha256, _sha256
+from evo.core.files import sha256
+from evo.core.serialization import _json_sha256
 from evo.schedules import Cosine, Shifted
 from tests.conftest import generator, random_model
 
@@ -180,7 +181,7 @@ def test_weights_of_another_shape_are_an_error_even_if_vouched_for(copy):
     state["bos"] = torch.zeros(3, dtype=torch.float64)
     state["surplus"] = torch.zeros(1)
     save_file(state, weights_of(copy))
-    edited(copy, sha256=_sha256(weights_of(copy)))
+    edited(copy, sha256=sha256(weights_of(copy)))
     with pytest.raises(ValueError, match=r"surplus \['surplus'\].*bos \(3,\) instead of \(8,\)"):
         Evo.from_pretrained(copy)
 

@@ -71,7 +71,7 @@ def rotary_table(positions: int, head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the two halves of every head (B, H, N, C) by cosines and sines that broadcast to (B, 1, N, C)."""
+    """Turn the two halves of every head, (B, H, N, C), by cosines and sines that broadcast to (B, 1, N, C/2)."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

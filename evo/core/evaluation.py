@@ -103,6 +103,7 @@ def evaluate(
     snap: float = 0.0,
     batch_size: int = 16,
     generator: torch.Generator | None = None,
+    progress: bool = True,
     description: str = "evaluating",
 ) -> Evaluation:
     """The bound per token of sequences, in nats, with its standard error.
@@ -116,7 +117,8 @@ def evaluate(
         snap: levels below this count as 0; generation with K steps snaps below 1/K.
         batch_size: sequences a pass.
         generator: of all noise.
-        description: of the progress bar, shown where the output is a terminal.
+        progress: whether to show a bar where standard error is a terminal.
+        description: of the bar.
 
     Raises:
         ValueError: for no sequences, a level tensor of another shape, or fewer than one clock value.
@@ -129,7 +131,9 @@ def evaluate(
     total = math.ceil(len(tokens) / batch_size) if isinstance(tokens, Tensor) else None
     sums, counts, parts, level_sum = [], [], torch.zeros(3, dtype=torch.float64), 0.0
     with evaluating(model):
-        bar = tqdm(batches, total=total, desc=description, unit="batch", disable=None, leave=False)
+        bar = tqdm(
+            batches, total=total, desc=description, unit="batch", disable=None if progress else True, leave=False
+        )
         for index, chunk in enumerate(bar):
             given = levels.split(batch_size)[index] if isinstance(levels, Tensor) else levels
             batch = as_batch(model, chunk)

@@ -21,6 +21,7 @@ from torch import nn
 
 from evo._version import __version__
 from evo.core.config import EvoConfig
+from evo.core.files import sha256, sync, write_json
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
@@ -35,10 +36,14 @@ def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / f".{secrets.token_hex(8)}.tmp"
     try:
+        # safetensors makes files that nobody else may read; a model gets the permissions of any other new file.
+        scratch.touch()
+        mode = scratch.stat().st_mode
         save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, scratch)
-        digest = _sha256(scratch)
+        scratch.chmod(mode)
+        digest = sha256(scratch)
         weights = f"model-{digest[:12]}.safetensors"
-        _sync(scratch)
+        sync(scratch)
         os.replace(scratch, directory / weights)
         config = None if model.config is None else model.config.to_json()
         manifest = {
@@ -49,9 +54,7 @@ def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
             "config": config,
             "config_sha256": _json_sha256(config),
         }
-        scratch.write_text(json.dumps(manifest, indent=2) + "\n")
-        _sync(scratch)
-        os.replace(scratch, directory / "config.json")
+        write_json(directory / "config.json", manifest)
     finally:
         scratch.unlink(missing_ok=True)
     for old in directory.glob("model-*.safetensors"):
@@ -77,7 +80,7 @@ def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Ev
         raise ValueError(
             f"{directory / 'config.json'} names {weights.name}, which is not there: copy the directory whole"
         )
-    digest = _sha256(weights)
+    digest = sha256(weights)
     if digest != manifest["sha256"]:
         raise ValueError(
             f"{weights} has sha256 {digest}, config.json says {manifest['sha256']}: the file is damaged or was altered; copy it again"
@@ -146,18 +149,5 @@ def _check_same(model: nn.Module, state: dict[str, torch.Tensor], file: Path) ->
     )
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _json_sha256(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

@@ -24,14 +24,15 @@ class LevelEmbedding(nn.Module):
 
     Args:
         width: W.
-        frequencies: how many, spaced geometrically from pi/2 to 64 pi.
+        frequencies: how many, spaced geometrically from pi/2 to 8 pi. Higher ones would tell apart levels that mean the same, and
+            make the gradient that reaches a learned level mostly their own oscillation.
     """
 
     frequencies: Tensor
 
     def __init__(self, width: int, frequencies: int = 32) -> None:
         super().__init__()
-        spaced = torch.logspace(0, 7, frequencies, base=2.0, dtype=torch.float64)
+        spaced = torch.logspace(0, 4, frequencies, base=2.0, dtype=torch.float64)
         self.register_buffer("frequencies", (spaced * math.pi / 2).float(), persistent=False)
         self.linear = nn.Linear(2 * frequencies, width, bias=False)
 
@@ -158,7 +159,8 @@ class Transformer(nn.Module):
                 "shorten the sequence, or build it with a larger context"
             )
         lowered = lower(Causal() if mask is None else mask, queries, keys, device)
-        x = self.embed(latents.to(self.embed.weight.dtype)) + self.level_embedding(level)
+        # The residual stream keeps the dtype of the weights, also where autocast narrows what flows into it.
+        x = self.embed(latents.to(self.embed.weight.dtype)).to(self.norm.weight.dtype) + self.level_embedding(level)
         if own is not None:
             x = x + own.unsqueeze(-1) * self.own_role
         rotation = self._rotation(queries, x.dtype)
@@ -170,5 +172,4 @@ class Transformer(nn.Module):
 
     def _rotation(self, queries: Tensor | range, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = self.angles[as_positions(queries, self.angles.device).clamp(min=0)].unsqueeze(1)
-        angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from evo.core import Generation
+from evo.core.files import write_text
 from evo.demo.picture import visible
 from evo.text import BOS
-from evo.training.files import write_text
 
 
 def write_page(file: Path, prompt: Tensor, written: Generation) -> None:

@@ -40,7 +40,15 @@ def draw_levels(file: Path, written: Generation, row: int = 0) -> None:
     image = above.imshow(padded.view(lines, COLUMNS).numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for index, token in enumerate(tokens):
         colour = "white" if levels[index] < 0.6 else "black"
-        above.text(index % COLUMNS, index // COLUMNS, visible(token), ha="center", va="center", color=colour, family="monospace")
+        above.text(
+            index % COLUMNS,
+            index // COLUMNS,
+            visible(token),
+            ha="center",
+            va="center",
+            color=colour,
+            family="monospace",
+        )
     above.set(title="each token, coloured by the level t it was sketched at", xticks=[], yticks=[])
     # Windows follow each other, so their rows stand side by side.
     window = written.trajectory[0].levels[row].T[:length]

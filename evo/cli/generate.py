@@ -1,0 +1,101 @@
+"""`evo generate`: continue a text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tyro.conf import Positional
+
+from evo.core import Evo
+from evo.heads import FixedTimestep
+from evo.solvers import Euler, Exponential, Heun, Solver, TorchDiffEq
+from evo.text import ByteTokenizer
+from evo.training.curriculum import PATHS
+from evo.training.precision import pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Continue a text with a trained byte-level Evo.
+
+    The text goes to standard output, figures about its making to standard error. The same seed gives the same text.
+    """
+
+    prompt: Positional[str] = ""
+    """Text to continue; - reads it from standard input, nothing starts from nothing."""
+    model: Path
+    """Folder of the model, as `evo train` leaves it in OUT/model."""
+    max_new_tokens: int = 256
+    """Tokens (bytes) to write at most."""
+    solver: Literal["euler", "heun", "exponential", "dopri5"] = "euler"
+    """How latents move along the flow."""
+    plan: Literal["early_stop", "late_start", "full"] = "early_stop"
+    """How the refinement steps of a token are placed: finish early, finish together, or all steps for every token."""
+    max_steps: int = 20
+    """Refinement steps of a token that starts as pure noise."""
+    level: float | None = None
+    """Start every token at this level instead of the learned one: 0 writes autoregressively, 1 by diffusion."""
+    temperature: float = 0.7
+    """Of the draw of each token; 0 takes the likeliest."""
+    top_p: float = 0.9
+    """Draw among the likeliest tokens that hold this share of the probability."""
+    window: int | None = None
+    """Tokens sketched and refined together; by default the whole answer."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    stop: bool = True
+    """End where the model ends a document."""
+    device: str = "auto"
+    """cpu, cuda, …; auto takes an accelerator where there is one."""
+
+
+def run(options: Options) -> None:
+    """Load the model, write, print."""
+    device, tokenizer = pick_device(options.device), ByteTokenizer()
+    model = Evo.from_pretrained(options.model).to(device).eval()
+    vocabulary = model.latent_space.vocab_size
+    if vocabulary != tokenizer.vocab_size:
+        raise ValueError(
+            f"{options.model} has a vocabulary of {vocabulary} tokens; evo generate writes bytes, "
+            f"a vocabulary of {tokenizer.vocab_size}"
+        )
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    started = time.perf_counter()
+    made = model.generate(
+        tokenizer.encode(text)[None].to(device),
+        options.max_new_tokens,
+        solver=_solver(options.solver, model),
+        plan=PATHS[options.plan],
+        timestep_head=None if options.level is None else FixedTimestep(options.level),
+        max_steps=options.max_steps,
+        top_p=options.top_p,
+        temperature=options.temperature,
+        window=options.window,
+        stop=[tokenizer.eos_id] if options.stop else None,
+        generator=torch.Generator(device).manual_seed(options.seed),
+    )
+    count = int(made.lengths[0])
+    seconds = time.perf_counter() - started
+    print(text + tokenizer.decode(made.tokens[0, :count]))
+    print(
+        f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s), {options.solver}: "
+        f"{made.nfe} network evaluations of refinement, mean level {made.levels[0, :count].mean().item():.3f}",
+        file=sys.stderr,
+    )
+
+
+def _solver(name: str, model: Evo) -> Solver:
+    match name:
+        case "euler":
+            return Euler()
+        case "heun":
+            return Heun()
+        case "exponential":
+            return Exponential(schedule=model.schedule)
+        case _:
+            return TorchDiffEq(name, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,199 @@
+"""What a training run is made of. The docstring under a field is also its help on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Which text is read, and how it is split."""
+
+    suffixes: tuple[str, ...] = ()
+    """Of a folder, read only files that end so, e.g. .py .md; by default every file that is text."""
+    exclude: tuple[str, ...] = ("__pycache__", "site-packages", "dist-packages", "node_modules")
+    """Folders of these names are passed over; so is everything whose name begins with a dot."""
+    held_out: float = 0.05
+    """Share kept from training: of a folder by file (a hash of its relative path decides), of a single file its end."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.held_out < 1, "corpus.held_out", self.held_out, "a share between 0 and 1, e.g. 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay, and the average of the weights that is kept for use."""
+
+    learning_rate: float = 2e-3
+    """Peak rate, reached after the warm-up."""
+    warmup: int = 100
+    """Steps over which the rate rises linearly to its peak."""
+    floor: float = 0.05
+    """Rate at the last step, as a share of the peak; the way down is a half cosine."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moving averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on the matrices of linear layers alone."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+    ema: float = 0.9999
+    """Decay of the averaged weights; at step k it is at most (1 + k) / (10 + k), so that short runs profit too."""
+    patience: int = 20
+    """Steps with a loss or gradient that is not finite are left out; so many in a row end the run."""
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive rate")
+        _check(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more steps")
+        _check(0 <= self.floor <= 1, "optimizer.floor", self.floor, "a share in [0, 1]")
+        _check(self.clip > 0, "optimizer.clip", self.clip, "a positive norm")
+        _check(0 <= self.ema < 1, "optimizer.ema", self.ema, "a decay in [0, 1)")
+        _check(self.patience >= 1, "optimizer.patience", self.patience, "1 or more steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """What a step asks of the model: levels to explore, windows, and the weights of the terms beside the bound."""
+
+    path: Literal["early_stop", "full"] = "early_stop"
+    """How levels fall from where a token is sketched to 0, in training and in evaluation. (On late_start the level of a
+    moving token does not depend on where it started, so a level learned there would not see what refinement costs.)"""
+    explore: float = 0.5
+    """Share of sequences whose levels are random; the others take the levels of the timestep head."""
+    # Of an untrained model a timestep head learns that the flow, whose weight is capped, is cheap; it goes to level 1, where
+    # the gradient in the level is nearly nothing but noise, and stays there.
+    explore_alone: float = 0.2
+    """Share of the run, from its start, in which all levels are random and the timestep head does not learn."""
+    level_noise: float = 1.0
+    """Scale of the logistic noise on the head's levels at the first step."""
+    level_noise_floor: float = 0.1
+    """The same at the last step; it falls linearly."""
+    window: float = 0.5
+    """Share of sequences that are a random prefix as prompt and a window of random end behind it."""
+    auxiliary: float = 1.0
+    """Weight of the auxiliary cross-entropies at the first step."""
+    auxiliary_floor: float = 0.0
+    """The same once it has fallen, after `auxiliary_share` of the run."""
+    auxiliary_share: float = 0.2
+    """Share of the run over which the auxiliary weight falls linearly to its floor."""
+    label_smoothing: float = 0.1
+    """Of the auxiliary cross-entropies alone; the bound is never smoothed."""
+    weight_cap: float = 50.0
+    """Largest weight of the flow's error at a level, in training; in evaluation there is no limit."""
+    level_entropy: float = 0.01
+    """Weight β of the entropy of the levels within a sequence; more spreads them."""
+    level_price: float = 0.0
+    """Price λ of the mean level in nats a token; more makes refinement rarer."""
+
+    def __post_init__(self) -> None:
+        for name in ("explore", "explore_alone", "window", "auxiliary_share"):
+            _check(0 <= getattr(self, name) <= 1, f"curriculum.{name}", getattr(self, name), "a share in [0, 1]")
+        _check(self.weight_cap > 0, "curriculum.weight_cap", self.weight_cap, "a positive weight")
+        _check(self.level_noise >= 0, "curriculum.level_noise", self.level_noise, "0 or more")
+        _check(self.level_noise_floor >= 0, "curriculum.level_noise_floor", self.level_noise_floor, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The bound on held-out text, measured with the averaged weights at levels 0, 1 and learned."""
+
+    every: int = 500
+    """Steps from one evaluation to the next; the last step is always followed by one."""
+    sequences: int = 16
+    """Held-out sequences measured."""
+    clock_values: int = 4
+    """Points of the flow integral a sequence; more make the standard error smaller."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "sequences", "clock_values"):
+            _check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a byte-level Evo on the text under --data.
+
+    The run lives in the folder --out: config.json, metrics.jsonl, checkpoints/ and, when it is done, model/. The same
+    command continues a run that was cut off, and the result is the same to the last bit.
+    """
+
+    data: Path
+    """File or folder of text."""
+    out: Path = Path("runs/evo")
+    """Folder of the run."""
+    preset: str = "tiny"
+    """Size of the model; `evo info` lists them."""
+    overrides: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Options of the model that differ from the preset, in pairs: dropout 0.1 depth 4."""
+    steps: int = 2000
+    """Steps of the optimizer."""
+    batch_size: int = 16
+    """Sequences in one pass."""
+    accumulate: int = 1
+    """Passes whose gradients make one step."""
+    length: int = 256
+    """Tokens of a sequence."""
+    seed: int = 0
+    """Everything random is a function of this seed and the step."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes an accelerator where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast; auto takes it where the hardware multiplies bf16 matrices faster."""
+    log_every: int = 10
+    """Steps from one line of metrics to the next."""
+    save_every: int = 250
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept, the latest."""
+    progress: bool = True
+    """Report on standard error: a bar on a terminal, otherwise a line now and then."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.length >= 2, "length", self.length, "2 or more tokens")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as a tree of JSON values."""
+        return {name: str(value) if isinstance(value, Path) else _listed(value) for name, value in asdict(self).items()}
+
+
+# What may change between the parts of one run without changing its weights (the device, by its rounding alone).
+_FREE = ("data", "out", "device", "log_every", "save_every", "keep", "progress")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Sentences naming each option by which the runs `old` and `new` (as `to_json`) would differ in their weights."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    return [
+        f"{name} was {flat_old.get(name)!r} and is now {flat_new.get(name)!r}"
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name) and name not in _FREE and not name.startswith("evaluation.")
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return leaves
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _listed(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check(holds: bool, name: str, value: object, needed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; needed: {needed}")

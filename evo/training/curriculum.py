@@ -1,0 +1,48 @@
+"""What each step asks of the model: which windows, and which weights of the objective, as functions of the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evo.core import Exploration, Objective
+from evo.schedules import Path, early_stop, full, late_start
+from evo.training.config import CurriculumConfig
+from evo.training.seeds import Purpose, generator
+
+PATHS: dict[str, Path] = {"early_stop": early_stop, "late_start": late_start, "full": full}
+
+
+def objective(config: CurriculumConfig, step: int, steps: int) -> Objective:
+    """The objective of step `step` (from 0) of `steps`: auxiliary weight and level noise fall as the run goes on."""
+    progress = step / max(1, steps - 1)
+    fallen = min(1.0, progress / config.auxiliary_share) if config.auxiliary_share else 1.0
+    return Objective(
+        aux_weight=_between(config.auxiliary, config.auxiliary_floor, fallen),
+        entropy_weight=config.level_entropy,
+        level_price=config.level_price,
+        label_smoothing=config.label_smoothing,
+        weight_cap=config.weight_cap,
+        exploration=Exploration(
+            share=1.0 if progress < config.explore_alone else config.explore,
+            noise=_between(config.level_noise, config.level_noise_floor, progress),
+        ),
+    )
+
+
+def windows(share: float, seed: int, step: int, count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Prompt lengths and ends of `count` sequences of `length` tokens, each (count,) int64, a function of (seed, step).
+
+    A `share` of them has a prompt of 1 … length − 1 tokens and a window that ends anywhere behind it, both uniform;
+    of the others the window is the whole sequence: prompt 0, end `length`.
+    """
+    g = generator("cpu", seed, Purpose.WINDOWS, step)
+    cut, prompt, end = torch.rand(3, count, generator=g, dtype=torch.float64)
+    prompts = 1 + (prompt * (length - 1)).long()
+    ends = prompts + 1 + (end * (length - prompts)).long()
+    chosen = cut < share
+    return torch.where(chosen, prompts, 0), torch.where(chosen, ends, length)
+
+
+def _between(first: float, last: float, progress: float) -> float:
+    return first + (last - first) * progress

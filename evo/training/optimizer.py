@@ -1,0 +1,63 @@
+"""AdamW with decay on matrices alone, a rate with warm-up and cosine decay, and the average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from evo.training.config import OptimizerConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of `model` in two groups: matrices of linear layers, decayed, and all others.
+
+    Embeddings are matrices too but stay undecayed. A latent table is normalised to a fixed radius: decay would not
+    shorten its vectors, only lengthen the steps they take, most of all for the rows that batches rarely meet.
+    """
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) in matrices], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def step_if(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
+    """One step where the 0-dim bool `finite` holds; otherwise weights, moments and step count stay as they are.
+
+    The decision is made on the device, without waiting for it: fused AdamW reads `found_inf` (set by gradient scalers).
+    """
+    optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear up over `warmup`, then half a cosine to the floor."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
+    share = config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * share
+
+
+class Ema(Generic[Model]):
+    """Exponential moving average of a model's parameters, held as a second model in evaluation mode."""
+
+    def __init__(self, model: Model, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: Model, step: int) -> None:
+        """After step `step` (from 0) of `model`: θ̄ ← d·θ̄ + (1 − d)·θ with d = min(decay, (1+step)/(10+step))."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), step)

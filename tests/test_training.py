@@ -1,0 +1,394 @@
+import itertools
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from evo.core import Evo
+from evo.training import (
+    CurriculumConfig,
+    Ema,
+    EvaluationConfig,
+    OptimizerConfig,
+    TrainConfig,
+    adamw,
+    learning_rate,
+    train,
+)
+from evo.training.config import differences
+from evo.training.curriculum import objective, windows
+from evo.training.data import open_corpus
+from evo.training.loop import train_step
+from evo.training.metrics import Meter, MetricsLog
+from evo.training.optimizer import step_if
+from evo.training.precision import autocast, pick_device
+from evo.training.seeds import Purpose, derive
+from evo.training.state import TrainState
+
+SMALL = {"width": 16, "depth": 1, "heads": 1}
+steps = st.integers(0, 500)
+
+
+def small_run(tmp_path, **changes):
+    """A run of seconds on a text of a hundred lines."""
+    source = tmp_path / "text.txt"
+    if not source.exists():
+        source.write_text("".join(f"line {i}: the same words again\n" for i in range(100)))
+    options = {
+        "data": source,
+        "out": tmp_path / "run",
+        "overrides": SMALL,
+        "steps": 6,
+        "batch_size": 4,
+        "length": 16,
+        "log_every": 2,
+        "save_every": 4,
+        "progress": False,
+        "optimizer": OptimizerConfig(warmup=2),
+        "evaluation": EvaluationConfig(every=4, sequences=2, clock_values=1),
+    }
+    return TrainConfig(**(options | changes))
+
+
+def lines(run):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (run / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+# The optimizer.
+
+
+@given(peak=st.floats(1e-5, 1.0), warmup=st.integers(0, 50), extra=st.integers(2, 200), floor=st.floats(0, 1))
+def test_the_rate_rises_to_its_peak_and_falls_to_its_floor(peak, warmup, extra, floor):
+    total = warmup + extra
+    config = OptimizerConfig(learning_rate=peak, warmup=warmup, floor=floor)
+    rates = [learning_rate(config, step, total) for step in range(total)]
+    up, down = rates[:warmup], rates[warmup:]
+    assert up == [pytest.approx(peak * (k + 1) / warmup) for k in range(warmup)]
+    assert down[0] == pytest.approx(peak)
+    assert down[-1] == pytest.approx(peak * floor)
+    assert all(a >= b for a, b in itertools.pairwise(down))
+
+
+def test_decay_shrinks_the_matrices_of_linear_layers_alone():
+    model = Evo.from_preset("tiny", vocab_size=7, **SMALL)
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, OptimizerConfig(learning_rate=0.5, weight_decay=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (1 - 0.5 * 0.1) if id(parameter) in linear else before[name]
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0, msg=name)
+    assert linear
+
+
+@given(seed=st.integers(0, 100), bad=st.sampled_from([math.nan, math.inf]))
+def test_a_rejected_step_leaves_no_trace(seed, bad):
+    g = torch.Generator().manual_seed(seed)
+    start, gradients = torch.randn(3, 4, generator=g), torch.randn(5, 3, 4, generator=g)
+
+    def run(rejected):
+        layer = nn.Linear(4, 3, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(start)
+        optimizer = adamw(layer, OptimizerConfig())
+        for index, gradient in enumerate(gradients):
+            if index in rejected:
+                layer.weight.grad = torch.full_like(gradient, bad)
+                step_if(optimizer, torch.tensor(False))
+            layer.weight.grad = gradient.clone()
+            step_if(optimizer, torch.tensor(True))
+        return [layer.weight.detach(), *optimizer.state[layer.weight].values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(()), run((0, 3)), strict=True))
+
+
+@given(seed=st.integers(0, 100), decay=st.floats(0, 0.9999), first=st.integers(0, 30))
+def test_the_average_follows_its_recursion(seed, decay, first):
+    g = torch.Generator().manual_seed(seed)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    ema, expected = Ema(model, decay), model.weight.detach().clone()
+    for step in range(first, first + 4):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 3, generator=g, dtype=torch.float64))
+        ema.update(model, step)
+        d = min(decay, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * model.weight.detach()
+    torch.testing.assert_close(ema.model.weight, expected, rtol=1e-12, atol=1e-12)
+    assert not ema.model.training
+    assert not ema.model.weight.requires_grad
+
+
+# What a step is asked.
+
+
+@given(seed=steps, step=steps, count=st.integers(1, 40), length=st.integers(2, 50), share=st.floats(0, 1))
+def test_windows_are_prompts_followed_by_at_least_one_token(seed, step, count, length, share):
+    prompts, ends = windows(share, seed, step, count, length)
+    whole = (prompts == 0) & (ends == length)
+    assert ((prompts >= 1) & (prompts < ends) & (ends <= length) | whole).all()
+    assert all(
+        torch.equal(a, b) for a, b in zip(windows(share, seed, step, count, length), (prompts, ends), strict=True)
+    )
+
+
+def test_windows_fill_their_share_and_every_place():
+    prompts, ends = windows(0.25, 0, 0, 40_000, 5)
+    chosen = prompts > 0
+    assert abs(int(chosen.sum()) - 10_000) < 5 * (40_000 * 0.25 * 0.75) ** 0.5
+    pairs = {(int(p), int(e)) for p, e in zip(prompts[chosen], ends[chosen], strict=True)}
+    assert pairs == {(p, e) for p in range(1, 5) for e in range(p + 1, 6)}
+    assert not (windows(0.0, 0, 0, 100, 5)[0] > 0).any()
+    assert (windows(1.0, 0, 0, 100, 5)[0] > 0).all()
+
+
+def test_the_objective_anneals():
+    config = CurriculumConfig(
+        auxiliary=0.8,
+        auxiliary_floor=0.2,
+        auxiliary_share=0.5,
+        level_noise=2.0,
+        level_noise_floor=1.0,
+        explore=0.3,
+        explore_alone=0.4,
+    )
+    asked = [objective(config, step, 101) for step in range(101)]
+    assert asked[0].aux_weight == pytest.approx(0.8)
+    assert asked[25].aux_weight == pytest.approx(0.5)
+    assert [one.aux_weight for one in asked[50:]] == pytest.approx([0.2] * 51)
+    assert [asked[k].exploration.noise for k in (0, 50, 100)] == pytest.approx([2.0, 1.5, 1.0])
+    assert [one.exploration.share for one in asked] == [1.0] * 40 + [0.3] * 61
+    assert objective(CurriculumConfig(auxiliary_share=0.0), 0, 10).aux_weight == 0.0
+
+
+@given(a=st.tuples(steps, st.sampled_from(Purpose), steps), b=st.tuples(steps, st.sampled_from(Purpose), steps))
+def test_seeds_differ_exactly_where_their_arguments_do(a, b):
+    assert (derive(*a) == derive(*b)) == (a == b)
+
+
+# The loop.
+
+
+class MeanModel(nn.Module):
+    """Stands in for a model without noise: the loss is a mean over present tokens, so that passes can be compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(259, dtype=torch.float64))
+
+    def forward(self, tokens, *, prompt_length, lengths, **_):
+        present = torch.arange(tokens.shape[1]) < lengths[:, None]
+        bound = (self.table[tokens] - tokens / 100 - prompt_length[:, None]).square() * present
+        zero = torch.zeros_like(bound)
+        return SimpleNamespace(
+            loss=bound.sum() / present.sum(),
+            bound=bound,
+            sketch_bits=bound,
+            flow_bits=zero,
+            reconstruction=zero,
+            levels=zero,
+        )
+
+
+def test_accumulated_passes_make_the_step_of_one_large_batch(tmp_path):
+    corpus = open_corpus(small_run(tmp_path).data, tmp_path / "cache", small_run(tmp_path).corpus)
+    weights, figures = [], []
+    for batch_size in (12, 4, 3, 1):
+        config = small_run(tmp_path, batch_size=batch_size, accumulate=12 // batch_size)
+        state, meter = TrainState.begin(MeanModel(), config.optimizer), Meter()
+        for _ in range(3):
+            train_step(config, state, corpus, meter)
+        weights.append(state.model.table.detach())
+        figures.append(meter.read() | {"tokens_per_second": 0})
+    for other, read in zip(weights[1:], figures[1:], strict=True):
+        torch.testing.assert_close(other, weights[0], rtol=1e-12, atol=1e-12)
+        assert read == pytest.approx(figures[0], rel=1e-12)
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_the_averaged_model(tmp_path):
+    config = small_run(tmp_path)
+    result = train(config)
+    assert json.loads((config.out / "config.json").read_text()) == config.to_json()
+    assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    assert [(line["kind"], line["step"]) for line in lines(config.out)] == [
+        ("train", 2),
+        ("train", 4),
+        ("evaluation", 4),
+        ("train", 6),
+        ("evaluation", 6),
+    ]
+    assert result.evaluation == lines(config.out)[-1]
+    assert (result.steps, result.skipped) == (6, 0)
+    tokens = torch.randint(259, (2, 9))
+    loaded = Evo.from_pretrained(config.out / "model").eval()
+    assert torch.equal(loaded.context_logits(tokens), result.model.context_logits(tokens))
+
+
+def test_figures_are_what_they_say(tmp_path):
+    config = small_run(tmp_path)
+    train(config)
+    for line in lines(config.out):
+        if line["kind"] == "train":
+            parts = line["sketch"] + line["flow"] + line["reconstruction"]
+            assert line["bits_per_token"] == pytest.approx(parts, rel=1e-5)
+            # All but BOS and EOS is bytes, and a crop of this text has at most one of each. The means are sums of float32.
+            rounding = 1e-6 * line["bits_per_token"]
+            assert line["bits_per_token"] - rounding <= line["bits_per_byte"] <= line["bits_per_token"] * 16 / 14
+            assert 0 < line["mean_level"] < 1
+            assert line["learning_rate"] == learning_rate(config.optimizer, line["step"] - 1, config.steps)
+        else:
+            levels = line["levels"]
+            assert levels["0"]["flow"] == levels["0"]["reconstruction"] == levels["0"]["mean_level"] == 0
+            assert levels["1"]["sketch"] == pytest.approx(0, abs=1e-5)
+            assert levels["1"]["mean_level"] == 1
+            assert 0 < levels["learned"]["mean_level"] < 1
+
+
+def test_training_learns(tmp_path):
+    config = small_run(tmp_path, steps=80, batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-2, warmup=5))
+    assert train(config).evaluation["levels"]["0"]["bits_per_byte"] < math.log2(259) / 2
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+    def weights(out, seed):
+        return train(small_run(tmp_path, out=tmp_path / out, seed=seed)).model.state_dict()
+
+    one, same, other = weights("a", 1), weights("b", 1), weights("c", 2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def spoil(model, when):
+    """Make the loss NaN at the calls whose index satisfies `when`."""
+    calls = iter(range(10_000))
+    model.register_forward_hook(
+        lambda *arguments: replace(arguments[-1], loss=arguments[-1].loss * math.nan) if when(next(calls)) else None
+    )
+    return model
+
+
+def test_a_step_without_a_finite_loss_is_left_out_and_counted(tmp_path):
+    model = spoil(Evo.from_preset("tiny", vocab_size=259, **SMALL), lambda call: call in (1, 4))
+    result = train(small_run(tmp_path), model)
+    assert (result.steps, result.skipped) == (6, 2)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert [line["skipped"] for line in lines(tmp_path / "run") if line["kind"] == "train"] == [1, 1, 2]
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path):
+    model = spoil(Evo.from_preset("tiny", vocab_size=259, **SMALL), lambda call: call >= 1)
+    config = small_run(tmp_path, optimizer=OptimizerConfig(patience=3))
+    with pytest.raises(FloatingPointError, match="not been finite for 3 steps in a row, up to step 4"):
+        train(config, model)
+
+
+def test_another_run_is_not_continued(tmp_path):
+    train(small_run(tmp_path))
+    changed = small_run(tmp_path, seed=5, optimizer=OptimizerConfig(warmup=2, learning_rate=1.0))
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate was 0.002 and is now 1.0; seed was 0 and is now 5"):
+        train(changed)
+
+
+def test_what_leads_to_the_same_weights_may_change(tmp_path):
+    first = train(small_run(tmp_path))
+    moved = small_run(tmp_path, log_every=3, keep=1, evaluation=EvaluationConfig(every=1), progress=True)
+    again = train(moved)
+    assert again.evaluation == first.evaluation
+    assert differences(small_run(tmp_path).to_json(), moved.to_json()) == []
+
+
+def test_bf16_is_autocast_and_weights_stay_fp32(tmp_path):
+    config = small_run(tmp_path, precision="bf16")
+    result = train(config)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+    assert result.skipped == 0
+    with autocast(torch.device("cpu"), "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(torch.device("cpu"), "fp32"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
+    train(small_run(tmp_path, progress=True))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "step 6/6: loss" in shown.err
+    assert "held-out bits per byte at level 0:" in shown.err
+    assert "\r" not in shown.err
+    train(small_run(tmp_path, progress=True))
+    assert capsys.readouterr().err == "going on from step 6 of 6\n"
+    train(small_run(tmp_path, out=tmp_path / "silent"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0; needed: 1 or more"),
+        ({"length": 1}, "length is 1; needed: 2 or more tokens"),
+        ({"seed": -1}, "seed is -1"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ({"preset": "huge"}, "unknown preset 'huge'; known are tiny"),
+        ({"overrides": {"colour": 1}}, "unknown entries .*colour"),
+        ({"length": 5000}, "held-out text has .* tokens, a sequence needs 5000"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(small_run(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(learning_rate=0.0), "optimizer.learning_rate is 0.0"),
+        (lambda: OptimizerConfig(ema=1.0), "optimizer.ema is 1.0"),
+        (lambda: CurriculumConfig(window=1.1), "curriculum.window is 1.1"),
+        (lambda: EvaluationConfig(every=0), "evaluation.every is 0"),
+    ],
+)
+def test_bad_parts_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Metrics.
+
+
+@settings(max_examples=30)
+@given(values=st.lists(st.tuples(st.floats(-1e6, 1e6), st.booleans()), min_size=1, max_size=20))
+def test_a_meter_means_over_what_counted(values):
+    meter = Meter()
+    for value, counted in values:
+        meter.add(torch.tensor(counted), 1, {"x": torch.tensor(value if counted else math.nan, dtype=torch.float64)})
+    counted = [value for value, counts in values if counts]
+    expected = sum(counted) / len(counted) if counted else math.nan
+    assert meter.read()["x"] == pytest.approx(expected, nan_ok=True, rel=1e-9, abs=1e-6)
+
+
+def test_a_log_forgets_what_came_after_a_step_and_half_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, upto=0) as log:
+        for step in (1, 2, 3):
+            log.write("train", step, loss=math.inf if step == 2 else 1.0)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')
+    with MetricsLog(path, upto=2) as log:
+        assert log.latest["train"]["step"] == 2
+        log.write("train", 3, loss=0.5)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, None), (3, 0.5)]
+
+
+def test_auto_is_a_device():
+    assert isinstance(pick_device("auto"), torch.device)
