@@ -146,7 +146,7 @@ def generate(model: Evo, prompt: Tensor, lengths: Tensor | None, request: Reques
         sketch = _sketch(state, count, ended, request)
         # What was read while sketching was noisy; refinement and the next window see what is clean.
         state.forget(before)
-        written, evaluations, steps = _refine(state, sketch, request)
+        written, evaluations, steps = refine(state, sketch, request)
         nfe += evaluations
         trajectory.append(steps)
         here = slice(start, start + written.shape[1])
@@ -230,7 +230,7 @@ class _Recorder:
         return self.field.velocity(self.denoise(latents, level), latents, level)
 
 
-def _refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[Tensor, int, Steps | None]:
+def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[Tensor, int, Steps | None]:
     """Walk the plan: tokens (B, N), network evaluations, and the steps if they were asked for.
 
     A token's last step lands on the denoised latent of the state it starts from, and commits.
