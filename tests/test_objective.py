@@ -202,6 +202,30 @@ def test_usage_entropy_rewards_variety():
     assert 2.2 < high <= math.log(10) + 1e-6
 
 
+@pytest.fixture(scope="module")
+def trained_on_coins() -> evo.Evo:
+    """A network trained, and a head with it, on tokens that nothing can predict."""
+    model = random_model(dtype=torch.float32)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    draws = generator(0)
+    for _ in range(150):
+        tokens = torch.randint(0, V, (16, 12), generator=draws)
+        model(tokens, generator=draws, objective=Objective(aux_weight=0.1)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("path", [early_stop, full], ids=str)
+@pytest.mark.parametrize("levels", [0.0, 0.4, 0.7, 1.0, None])
+def test_no_trained_network_codes_below_the_entropy(trained_on_coins, levels, path):
+    tokens = torch.randint(0, V, (256, 12), generator=generator(1))
+    found = evo.evaluate(trained_on_coins, tokens, levels, path=path, batch_size=64, generator=generator(2))
+    assert found.nats > math.log(V) - 4 * found.standard_error
+    assert found.nats < 1.25 * math.log(V), "training should have come near it"
+
+
 class TestEvaluate:
     def test_it_agrees_with_the_exact_causal_nll(self):
         tokens = tokens_of(0, 7)

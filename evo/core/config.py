@@ -108,7 +108,7 @@ def _check_type(name: str, value: object, declared: str) -> None:
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {"width": 192, "depth": 4, "heads": 3, "context": 1024, "dropout": 0.0},
+    "tiny": {"width": 128, "depth": 4, "heads": 2, "context": 1024, "dropout": 0.0},
     "small": {"width": 512, "depth": 8, "heads": 8, "context": 2048, "dropout": 0.0},
     # S and H are rows of the paper (24 layers, latent 1024, 16 heads; 48 layers, latent 2560, 40 heads), the others lie between.
     "S": {"width": 2048, "depth": 24, "heads": 16},

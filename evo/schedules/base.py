@@ -62,11 +62,17 @@ class Schedule(nn.Module, Conversions):
 
     def d_signal(self, t: Tensor) -> Tensor:
         """The derivative ds/dt."""
-        return _derivative(self.signal, interior(t))
+        t = interior(t)
+        if self.variance_preserving:  # s² = sigmoid(log_snr)
+            return 0.5 * self.signal(t) * self.noise(t).square() * self.d_log_snr(t)
+        return _derivative(self.signal, t)
 
     def d_noise(self, t: Tensor) -> Tensor:
         """The derivative dn/dt."""
-        return _derivative(self.noise, interior(t))
+        t = interior(t)
+        if self.variance_preserving:  # n² = sigmoid(−log_snr)
+            return -0.5 * self.noise(t) * self.signal(t).square() * self.d_log_snr(t)
+        return _derivative(self.noise, t)
 
     def d_log_snr(self, t: Tensor) -> Tensor:
         """The derivative of `log_snr`, negative."""
