@@ -184,7 +184,10 @@ def _evaluate(config: TrainConfig, state: TrainState, held_out: Tensor, progress
             "reconstruction": found.reconstruction * per_byte,
             "mean_level": found.mean_level,
         }
-    shown = ", ".join(f"{name}: {figures['bits_per_byte']:.3f}" for name, figures in measured.items())
+    shown = ", ".join(
+        f"{name}: {figures['bits_per_byte']:.3f} ± {figures['standard_error']:.3f}"
+        for name, figures in measured.items()
+    )
     progress.note(f"step {state.step}: held-out bits per byte at level {shown}")
     return {"path": config.curriculum.path, "levels": measured}
 
