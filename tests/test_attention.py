@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evo.core import Cache, Causal, Transformer, Window
-from evo.core.attention import Attention, rotary_table, rotate
+from evo.core.attention import Attention, rotary_angles, rotate
 from evo.core.masks import as_positions, lower
 from tests.conftest import generator, random_model
 
@@ -136,9 +136,22 @@ def test_at_level_zero_the_level_embedding_is_silent():
     assert torch.equal(model.backbone(latents, torch.zeros_like(level)), expected)
 
 
+def test_narrow_weights_leave_positions_and_levels_distinct():
+    """In bfloat16 there are no odd numbers above 256; positions are never narrowed, and so their attention stays near that of float32."""
+    wide = random_model(dtype=torch.float32, context=900)
+    latents = torch.randn(1, 900, D, generator=generator())
+    level = torch.rand(1, 900, generator=generator(1))
+    with torch.no_grad():
+        narrow = wide.backbone.bfloat16()
+        rounded = narrow(latents, level).float()
+        exact = narrow.float()(latents, level)
+    early, late = ((rounded - exact)[:, part].abs().mean() for part in (slice(0, 250), slice(650, 900)))
+    assert late < 1.5 * early
+
+
 @given(shift=st.integers(1, 20))
 def test_rotary_embedding_is_relative(shift):
-    angles = rotary_table(64, 8, 10_000.0)
+    angles = rotary_angles(torch.arange(64), 8, 10_000.0, torch.float64)
     q, k = torch.randn(2, 8, generator=generator(shift), dtype=torch.float64)
 
     def turned(x, position):
@@ -157,7 +170,7 @@ def test_grouped_heads_are_repeated_heads():
         weight = getattr(grouped, name).weight.detach().view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
         getattr(full, name).weight.data.copy_(weight)
     x = torch.randn(2, 5, 32, generator=generator(), dtype=torch.float64)
-    angles = rotary_table(5, 8, 10_000.0)
+    angles = rotary_angles(torch.arange(5), 8, 10_000.0, torch.float64)
     rotation = (angles.cos(), angles.sin())
     mask = lower(Causal(), range(5), range(5), CPU)
     torch.testing.assert_close(grouped(x, rotation, mask), full(x, rotation, mask), rtol=0, atol=1e-12)

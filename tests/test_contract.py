@@ -20,11 +20,11 @@ TOKENS = torch.zeros(2, 5, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("tokens", "error", "said"),
     [
-        (TOKENS + 7, ValueError, r"id 7; ids of this model lie in \[0, 7\)"),
+        (TOKENS + 7, ValueError, r"id 7 among the tokens; ids of this model lie in \[0, 7\)"),
         (TOKENS - 1, ValueError, "id -1"),
         (TOKENS.float(), TypeError, "int64 tensor of ids, got torch.float32"),
         ([1, 2], TypeError, "got list"),
-        (TOKENS[:, :0], ValueError, r"at least 1 tokens, got \(2, 0\)"),
+        (TOKENS[:, :0], ValueError, r"1 token\(s\) in each, got \(2, 0\)"),
         (TOKENS[:0], ValueError, r"got \(0, 5\)"),
         (TOKENS[0], ValueError, r"\(batch, length\).*got \(5,\)"),
         (torch.zeros(1, 41, dtype=torch.int64), ValueError, "41 tokens, the model's context is 40"),
@@ -43,7 +43,7 @@ def test_tokens(tokens, error, said):
         (-0.1, "got -0.1"),
         (float("nan"), "got nan"),
         (torch.full((2, 5), 2.0), "got 2.0"),
-        (torch.zeros(2), r"shape \(2, 5\), got torch.float32 \(2,\)"),
+        (torch.zeros(2), r"shape \(2, 5\) on cpu, got torch.float32 \(2,\)"),
         (torch.zeros(2, 5, dtype=torch.int64), "floating-point"),
     ],
 )
@@ -89,7 +89,7 @@ def test_generation(arguments, said):
 
 
 def test_prompts():
-    with pytest.raises(ValueError, match="prompt hold id 9"):
+    with pytest.raises(ValueError, match="id 9 among the prompt"):
         MODEL.generate(TOKENS + 9, 3)
     with pytest.raises(TypeError, match="prompt must be an int64"):
         MODEL.vector_field(TOKENS.float())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from evo import solvers
 from evo.core import generation
 from evo.heads import FixedTimestep, LinearDecoder, NearestNeighborDecoder, NucleusPrior
-from evo.schedules import by_order, early_stop, full, late_start, step_counts
+from evo.schedules import Cosine, by_order, early_stop, full, late_start, step_counts
 from evo.solvers import Euler, Exponential, Heun
 from tests.conftest import generator, random_model
 
@@ -81,6 +81,27 @@ def test_every_solver_walks_every_plan(plan, name):
     if name in rows and plan is full:
         assert out.nfe == rows[name]
     assert 0 < out.nfe < 2000
+
+
+def test_a_plan_made_for_whole_windows_serves_shorter_ones():
+    plan = by_order(torch.linspace(0, 1, 4), 0.4)
+    out = MODEL.generate(prompt_of(1), 6, window=4, plan=plan, timestep_head=FixedTimestep(0.9), generator=generator(1))
+    assert out.tokens.shape == (2, 6)
+    MODEL.generate(
+        prompt_of(1), 4, plan=plan, stop=list(range(V)), timestep_head=FixedTimestep(0), generator=generator(1)
+    )
+
+
+def test_a_fixed_method_of_torchdiffeq_takes_one_step_a_row():
+    options = {"max_steps": 4, "timestep_head": FixedTimestep(0.9), "temperature": 0}
+    ours, theirs = (
+        MODEL.generate(prompt_of(1), 6, solver=solver, generator=generator(1), **options)
+        for solver in (Euler(), solvers.TorchDiffEq("euler"))
+    )
+    assert theirs.nfe == ours.nfe
+    assert torch.equal(theirs.tokens, ours.tokens)
+    with pytest.raises(ValueError, match="steps=7 and max_steps is 4"):
+        MODEL.generate(prompt_of(1), 6, solver=solvers.TorchDiffEq("euler", steps=7), **options)
 
 
 def test_solvers_agree_as_steps_grow():
@@ -184,6 +205,28 @@ def test_levels_below_one_step_are_final():
     assert out.nfe == 1
 
 
+@pytest.mark.parametrize("level", [0.05, 0.08, 0.1])
+def test_levels_of_a_step_or_more_are_final_where_the_schedule_says_so(level):
+    """Such a level is worth a step of 20, and is a realised word all the same: it lies at or below t_min."""
+    out = MODEL.generate(prompt_of(0), 5, timestep_head=FixedTimestep(level), max_steps=20, generator=generator(0))
+    assert (out.levels == 0).all()
+    assert out.nfe == 0
+
+
+@pytest.mark.parametrize("plan", [early_stop, late_start, full, by_order(torch.linspace(0, 1, 6), 0.5)], ids=str)
+def test_no_plan_goes_below_the_lower_end_of_the_schedule(plan):
+    model = random_model()
+    model.schedule = Cosine(t_min=0.3)
+    out = model.generate(
+        prompt_of(0), 6, plan=plan, timestep_head=FixedTimestep(0.87), generator=generator(0), trajectory=True
+    )
+    (steps,) = out.trajectory
+    assert (out.levels == 0.87).all()
+    assert ((steps.levels == 0) | (steps.levels >= 0.3)).all()
+    elsewhere = plan(out.levels, 20, 0.1)
+    assert ((elsewhere > 0) & (elsewhere < 0.3)).any()
+
+
 def test_decoders_and_priors_are_swapped_by_hand():
     prompt = prompt_of(0)
     out = MODEL.generate(prompt, 6, decoder=NearestNeighborDecoder(), generator=generator(0), max_steps=4)
@@ -217,9 +260,13 @@ def test_a_vector_field_behind_a_prompt_is_the_window_of_one_pass():
     assert (flow(latents, torch.full_like(level, 0.05)) == 0).all()
 
 
-def test_nan_weights_are_found_while_refining():
+def test_nan_weights_are_found():
     model = random_model()
     with torch.no_grad():
         model.backbone.own_role[0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN or infinite latents while refining"):
         model.generate(prompt_of(0), 4, timestep_head=FixedTimestep(1), generator=generator(0))
+    with torch.no_grad():
+        model.bos[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite logits while sketching"):
+        model.generate(prompt_of(0), 4, temperature=0, generator=generator(0))

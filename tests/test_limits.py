@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evo.core.contract import as_batch
+from evo.core.evaluation import measure
 from evo.core.generation import Prompted
 from evo.core.objective import learned_levels
 from evo.heads import FixedTimestep
@@ -73,7 +74,7 @@ def test_ar_3_level_zero_generation_is_the_naive_loop(seed, prompt, window):
 
 
 def continuous_time_diffusion_bound(model, tokens, clock, noise, fresh, fresh_end):
-    """-log p <= 1/2 int -SNR'(t) E|x - x̂(z_t, t)|^2 dt + reconstruction, from its definition (Kingma et al. 2021, Eq. 17), at t = 1 - c.
+    """-log p <= 1/2 int -SNR'(t) E|x - x̂(z_t, t)|^2 dt + reconstruction (Kingma et al. 2021), at t = 1 - .9 c, from 1 down to t_min.
 
     Written with its own evidence, posterior and schedule (alpha_bar = cos^2), for one token at a time.
     """
@@ -92,14 +93,14 @@ def continuous_time_diffusion_bound(model, tokens, clock, noise, fresh, fresh_en
 
     total = torch.zeros(tokens.shape, dtype=torch.float64)
     for row, c in enumerate(clock.tolist()):
-        level = max(1 - c, t_min)
+        level = 1 - (1 - t_min) * c
         # The latent at t = 1 is pure noise, so the noise at a lower level is fresh.
         eps = noise if level == 1.0 else fresh
         log_p = denoise(level, eps)
         error = (embeddings[tokens] - log_p.exp() @ embeddings).square().sum(-1)
         half = math.pi * level / 2
         d_snr = -math.pi * math.cos(half) / math.sin(half) ** 3
-        total[row] = (-0.5 * d_snr * error * (1 - c > t_min))[row]
+        total[row] = (-0.5 * d_snr * (1 - t_min) * error)[row]
     reconstruction = -denoise(t_min, fresh_end).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return total, reconstruction
 
@@ -178,6 +179,24 @@ def test_l_1_levels_found_in_parallel_are_those_of_the_sequential_sketch(seed, p
         sequential = sequential_levels(MODEL, tokens, noise, prompt)
     torch.testing.assert_close(parallel, sequential, rtol=0, atol=1e-9)
     assert parallel[:, prompt:].std() > 0.01, "levels that are all alike would make this test empty"
+
+
+@given(seed=st.integers(0, 10**6), max_steps=st.sampled_from([2, 3]))
+def test_levels_snapped_at_one_step_are_those_that_generation_sketches_at(seed, max_steps):
+    tokens, snap = tokens_of(seed, 12), 1 / max_steps
+    noise = torch.randn(*tokens.shape, D, generator=generator(seed), dtype=torch.float64)
+    batch, positions = as_batch(MODEL, tokens), iter(range(9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evo.core.generation.standard_normal", lambda *_: noise)
+        written = MODEL.generate(tokens[:, :0], 9, prior=lambda *_: tokens[:, next(positions)], max_steps=max_steps)
+    with torch.no_grad():
+        found = learned_levels(MODEL, batch, noise, snap)
+        free = learned_levels(MODEL, batch, noise)
+        out = measure(MODEL, batch, batch.present, None, early_stop, generator(seed), 1, snap)
+    torch.testing.assert_close(found, written.levels, rtol=0, atol=1e-9)
+    torch.testing.assert_close(out.levels, written.levels, rtol=0, atol=1e-9)
+    assert not ((found > 0) & (found < snap)).any()
+    assert ((free > 0) & (free < snap)).any(), "levels that all lie above would make this test empty"
 
 
 def test_learned_levels_are_what_the_bound_uses():

@@ -17,7 +17,8 @@ from evo.core import Exploration
 from evo.core.contract import as_batch
 from evo.core.levels import random_levels, usage_entropy, with_logistic_noise
 from evo.core.objective import Sketch, clock_values
-from evo.schedules import early_stop, full, late_start
+from evo.schedules import Path, early_stop, full, late_start
+from evo.schedules.config import KNOWN
 from tests.conftest import generator, random_model
 
 MODEL = random_model()
@@ -122,6 +123,38 @@ def test_every_term_of_the_objective_moves_the_loss_as_it_says(seed):
     assert capped.flow_bits.sum() < plain.flow_bits.sum()
 
 
+@given(seed=st.integers(0, 10**6), level=st.sampled_from([0.0, 0.3, 1.0]), masked=st.booleans())
+def test_the_auxiliary_term_is_shared_by_level_between_the_halves_and_over_what_is_scored(seed, level, masked):
+    model = random_model()
+    model.train()
+    tokens, levels = tokens_of(seed), torch.full((3, 9), level, dtype=torch.float64)
+    mask = levels_of(seed, tokens.shape) > 0.5 if masked else torch.ones(3, 9, dtype=torch.bool)
+    mask[0, 0] = True
+    with_it, without = (
+        model(
+            tokens,
+            loss_mask=mask,
+            levels=levels,
+            generator=generator(seed),
+            objective=replace(PLAIN, aux_weight=weight, label_smoothing=0.0),
+        ).loss
+        for weight in (1.0, 0.0)
+    )
+    # The noise in the order in which the model draws it.
+    draws = generator(seed)
+    noise = torch.randn(*tokens.shape, D, generator=draws, dtype=torch.float64)
+    sketch = Sketch(model, as_batch(model, tokens), levels, noise)
+    refined = sketch.flow_bits(early_stop, clock_values(3, noise, draws), draws)[1].log_probs
+    halves = [
+        F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")[mask].mean()
+        for logits in (sketch.context_logits, refined)
+    ]
+    torch.testing.assert_close(with_it - without, torch.lerp(*halves, level), rtol=0, atol=1e-9)
+    if level == 0:
+        causal = F.cross_entropy(model.context_logits(tokens).transpose(1, 2), tokens, reduction="none")
+        torch.testing.assert_close(with_it - without, causal[mask].mean(), rtol=0, atol=1e-9)
+
+
 def test_gradients_reach_every_parameter_and_are_finite():
     model = random_model()
     model.train()
@@ -145,6 +178,50 @@ def test_gradients_are_finite_at_the_edges_of_levels(level, path):
     out.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert levels.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("path", [early_stop, late_start, full], ids=str)
+@pytest.mark.parametrize("level", [0.35, 0.6])
+def test_the_gradient_of_the_flow_in_a_level_is_its_slope(path, level):
+    """Pathwise against finite differences, for one free token a sequence, whose neighbours' levels cannot matter."""
+    draws = generator(0)
+    tokens = torch.randint(0, V, (4096, 3), generator=draws)
+    batch = as_batch(MODEL, tokens, 2)
+    noise = torch.randn(*tokens.shape, D, generator=draws, dtype=torch.float64)
+    clock = (torch.arange(len(tokens), dtype=torch.float64) + 0.5) / len(tokens)
+
+    def flow(t):
+        levels = torch.full(tokens.shape, 0.0, dtype=torch.float64) + t
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("evo.core.objective.standard_normal", lambda *_: noise.flip(0))
+            return Sketch(MODEL, batch, levels, noise).flow_bits(path, clock, None)[0][:, 2]
+
+    t = torch.tensor(level, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(flow(t).mean(), t)
+    with torch.no_grad():
+        slope = (flow(t + 0.02) - flow(t - 0.02)) / 0.04
+    error = slope.std() / len(slope) ** 0.5
+    assert abs(gradient - slope.mean()) < 4 * error + 0.05 * slope.mean().abs()
+    assert slope.mean() > 5 * error, "there must be a slope to agree with"
+
+
+@pytest.mark.parametrize("schedule", [kind for kind in KNOWN if kind not in ("shifted", "information_uniform")])
+def test_gradients_in_a_level_are_finite_at_its_ends_on_every_schedule(schedule):
+    model = random_model(dtype=torch.float32, schedule={"name": schedule})
+    model.train()
+    levels = torch.tensor([[0.0, 0.1, 1.0, 0.5, 1.0, 0.99]], requires_grad=True)
+    model(tokens_of(0, 1, 6), levels=levels, generator=generator(0)).loss.backward()
+    assert levels.grad.isfinite().all()
+
+
+def test_the_price_and_the_entropy_of_levels_leave_prompts_alone():
+    model = random_model()
+    model.train()
+    levels = torch.full((3, 9), 0.5, dtype=torch.float64, requires_grad=True)
+    terms = replace(PLAIN, level_price=1.0, entropy_weight=1.0)
+    model(tokens_of(0), levels=levels, prompt_length=4, objective=terms, generator=generator(0)).loss.backward()
+    assert (levels.grad[:, :4] == 0).all()
+    assert (levels.grad[:, 4:] != 0).all()
 
 
 def test_the_head_learns_from_the_bound_through_the_level_alone():
@@ -234,7 +311,7 @@ class TestEvaluate:
         assert found.tokens == 63
         assert found.flow == found.reconstruction == 0
         assert found.perplexity == pytest.approx(math.exp(found.nats))
-        assert found.bits_per(63) == pytest.approx(found.nats / math.log(2))
+        assert found.bits_per(63)["bits"] == pytest.approx(found.nats / math.log(2))
 
     def test_its_standard_error_is_that_of_repetition(self):
         tokens = tokens_of(3, 64, 5)
@@ -265,6 +342,16 @@ class TestEvaluate:
         found = evo.evaluate(model, iter([tokens_of(0), tokens_of(1, 2, 4)]), 0.0)
         assert found.tokens == 3 * 9 + 2 * 4
         assert model.training
+
+    @pytest.mark.parametrize("path", [early_stop, late_start], ids=str)
+    def test_a_clock_that_runs_only_while_tokens_move_says_the_same(self, path):
+        tokens = tokens_of(6, 48)
+        short = evo.evaluate(MODEL, tokens, 0.4, path=path, generator=generator(0), batch_size=48)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(path), "stretch", Path.stretch)
+            whole = evo.evaluate(MODEL, tokens, 0.4, path=path, generator=generator(1), batch_size=48)
+        assert abs(short.nats - whole.nats) < 4 * math.hypot(short.standard_error, whole.standard_error)
+        assert short.standard_error < whole.standard_error
 
     def test_it_refuses_what_it_cannot_do(self):
         with pytest.raises(ValueError, match="no sequences"):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evo import Evo
 from evo.core import Denoiser, LatentSpace, VectorField
 from evo.heads import (
     EntropyTimestep,
@@ -212,3 +213,11 @@ def test_decoders_agree_where_the_posterior_is_certain(seed):
 def test_the_readout_widens_what_it_says():
     readout = Readout(8, 6, 11).bfloat16()
     assert readout(torch.randn(2, 8), torch.randn(11, 6)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "billions"), [("S", 1.3), ("B", 2.7), ("L", 5.2), ("XL", 8.5), ("H", 13.0)])
+def test_presets_have_the_size_of_the_paper(name, billions):
+    with torch.device("meta"):
+        model = Evo.from_preset(name, vocab_size=2**16)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert abs(count / (billions * 1e9) - 1) < 0.03

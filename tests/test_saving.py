@@ -65,6 +65,20 @@ def test_a_schedule_travels_with_its_options(tmp_path):
     assert Evo.from_pretrained(tmp_path).schedule.t_min == schedule.t_min
 
 
+def test_every_weight_keeps_its_own_precision_and_random_numbers_stay_where_they_are(tmp_path):
+    model = random_model(dtype=torch.float32)
+    model.backbone.bfloat16()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"somebody else's")
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    loaded = Evo.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert (tmp_path / "model-00001-of-00002.safetensors").exists()
+
+
 def test_saving_again_replaces_the_model(tmp_path):
     random_model(0).save_pretrained(tmp_path)
     second = random_model(1)

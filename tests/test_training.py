@@ -257,7 +257,7 @@ def test_figures_are_what_they_say(tmp_path):
 
 def test_training_learns(tmp_path):
     config = small_run(tmp_path, steps=80, batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-2, warmup=5))
-    assert train(config).evaluation["levels"]["0"]["bits_per_byte"] < math.log2(259) / 2
+    assert train(config).evaluation["levels"]["0"]["bits"] < math.log2(259) / 2
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):

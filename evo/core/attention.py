@@ -64,10 +64,14 @@ class Attention(nn.Module):
         return self.out(rearrange(mixed, "b h n c -> b n (h c)"))
 
 
-def rotary_table(positions: int, head_dim: int, base: float) -> Tensor:
-    """Angles of the rotary embedding (Su et al. 2021), (positions, head_dim / 2), float64."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+def rotary_angles(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Angles of the rotary embedding (Su et al. 2021) at positions (...), float32 or wider: (..., head_dim / 2).
+
+    Made anew each time: a buffer would follow the weights into bfloat16, in which positions beyond 256 are no longer distinct.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    return positions.clamp(min=0).to(dtype).unsqueeze(-1) * torch.pow(base, -exponents)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -46,6 +46,12 @@ class EvoConfig:
     radius: float | None = None
     schedule: Mapping[str, Any] = field(default_factory=lambda: {"name": "cosine"})
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1 or not 0 < self.rope_base < float("inf"):
+            raise ValueError(
+                f"dropout {self.dropout}, rope_base {self.rope_base}: needed dropout in [0, 1), rope_base above 0"
+            )
+
     def build(self) -> Evo:
         """A model of this size with fresh weights."""
         from evo.core.model import Evo
@@ -112,9 +118,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "small": {"width": 512, "depth": 8, "heads": 8, "context": 2048, "dropout": 0.0},
     # S and H are rows of the paper (24 layers, latent 1024, 16 heads; 48 layers, latent 2560, 40 heads), the others lie between.
     "S": {"width": 2048, "depth": 24, "heads": 16},
-    "B": {"width": 2560, "depth": 32, "heads": 20},
+    "B": {"width": 2560, "depth": 33, "heads": 20},
     "L": {"width": 3328, "depth": 38, "heads": 26},
-    "XL": {"width": 4096, "depth": 40, "heads": 32},
+    "XL": {"width": 4096, "depth": 41, "heads": 32},
     "H": {"width": 5120, "depth": 48, "heads": 40, "kv_heads": 8},
 }
 

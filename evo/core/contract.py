@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from evo.core.objective import Batch
-from evo.solvers import FixedStep, Solver
+from evo.solvers import FixedStep, Solver, TorchDiffEq
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
 
 
-def check_tokens(model: Evo, tokens: Tensor, name: str = "tokens", minimum: int = 1) -> None:
-    """Ids (B, N) of the model's vocabulary that fit its context, B >= 1 and N >= minimum.
+def looks(model: Evo) -> bool:
+    """Whether values of tensors are checked: always, but for training on an accelerator, where the host would wait for the device."""
+    return not model.training or model.bos.device.type == "cpu"
 
-    While training on an accelerator the values themselves are not looked at, which would make the host wait for the device.
-    """
+
+def check_tokens(model: Evo, tokens: Tensor, name: str = "tokens", minimum: int = 1) -> None:
+    """Ids (B, N) of the model's vocabulary that fit its context, B >= 1 and N >= minimum."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         what = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(
@@ -30,18 +32,20 @@ def check_tokens(model: Evo, tokens: Tensor, name: str = "tokens", minimum: int 
         )
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < minimum:
         raise ValueError(
-            f"{name} must be (batch, length) with at least 1 sequence of at least {minimum} tokens, got {tuple(tokens.shape)}"
+            f"{name} must be (batch, length) with at least 1 sequence and {minimum} token(s) in each, got {tuple(tokens.shape)}"
         )
     if tokens.shape[1] > model.context:
         raise ValueError(
             f"{name} have {tokens.shape[1]} tokens, the model's context is {model.context}: "
             "shorten them, or build the model with a larger context"
         )
-    if tokens.numel() and (tokens.device.type == "cpu" or not model.training):
+    if tokens.device != model.bos.device:
+        raise ValueError(f"{name} are on {tokens.device}, the model on {model.bos.device}: move one to the other")
+    if tokens.numel() and looks(model):
         low, high = tokens.min().item(), tokens.max().item()
         if low < 0 or high >= model.latent_space.vocab_size:
             raise ValueError(
-                f"{name} hold id {low if low < 0 else high}; ids of this model lie in [0, {model.latent_space.vocab_size})"
+                f"id {low if low < 0 else high} among the {name}; ids of this model lie in [0, {model.latent_space.vocab_size})"
             )
 
 
@@ -50,24 +54,27 @@ def as_batch(
 ) -> Batch:
     """The batch of (B, N) tokens, of which the first `prompt_length` (int or (B,)) are prompt and `lengths` (B,) are present."""
     check_tokens(model, tokens)
-    size, device = tokens.shape[1], tokens.device
+    size, device, look = tokens.shape[1], tokens.device, looks(model)
     end = (
         torch.full((len(tokens),), size, device=device)
         if lengths is None
-        else as_lengths("lengths", lengths, tokens, 1)
+        else as_lengths("lengths", lengths, tokens, 1, look=look)
     )
-    prompt = as_lengths("prompt_length", 0 if prompt_length is None else prompt_length, tokens, 0)
+    prompt = as_lengths("prompt_length", 0 if prompt_length is None else prompt_length, tokens, 0, look=look)
     return Batch(tokens=tokens, present=torch.arange(size, device=device) < end[:, None], prompt=prompt, end=end)
 
 
-def as_lengths(name: str, lengths: int | Tensor, tokens: Tensor, low: int) -> Tensor:
-    """Lengths (B,) int64 in [low, N], from one for all or one for each sequence."""
+def as_lengths(name: str, lengths: int | Tensor, tokens: Tensor, low: int, *, look: bool = True) -> Tensor:
+    """Lengths (B,) int64 in [low, N], from one for all or one for each sequence; values of tensors are looked at on request."""
+    size = tokens.shape[1]
     if isinstance(lengths, int):
-        lengths = torch.full((len(tokens),), lengths, device=tokens.device)
+        if not low <= lengths <= size:
+            raise ValueError(f"{name} must lie in [{low}, {size}], got {lengths}")
+        return torch.full((len(tokens),), lengths, device=tokens.device)
     if lengths.dtype != torch.int64 or lengths.shape != tokens.shape[:1]:
         raise ValueError(f"{name} must be int64 of shape ({len(tokens)},), got {lengths.dtype} {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and bool(((lengths < low) | (lengths > tokens.shape[1])).any()):
-        raise ValueError(f"{name} must lie in [{low}, {tokens.shape[1]}], got {lengths.tolist()}")
+    if look and bool(((lengths < low) | (lengths > size)).any()):
+        raise ValueError(f"{name} must lie in [{low}, {size}], got {lengths.tolist()}")
     return lengths.to(tokens.device)
 
 
@@ -82,19 +89,22 @@ def as_mask(loss_mask: Tensor | None, batch: Batch) -> Tensor:
     return loss_mask & batch.present
 
 
-def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor) -> Tensor | None:
+def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look: bool = True) -> Tensor | None:
     """Levels (B, N) in [0, 1], float32 or wider, from one for all or one for each token; None stays None."""
     if levels is None:
         return None
     dtype, shape = torch.promote_types(like.dtype, torch.float32), batch.tokens.shape
     if not isinstance(levels, Tensor):
-        levels = torch.full(shape, float(levels), dtype=dtype, device=like.device)
-    if not levels.is_floating_point() or levels.shape != shape:
+        if not 0 <= levels <= 1:
+            raise ValueError(f"levels must lie in [0, 1] (1 is noise, 0 a realised word), got {levels}")
+        return torch.full(shape, float(levels), dtype=dtype, device=like.device)
+    if not levels.is_floating_point() or levels.shape != shape or levels.device != like.device:
         raise ValueError(
-            f"levels must be None, one number, or a floating-point tensor of shape {tuple(shape)}, got {levels.dtype} {tuple(levels.shape)}"
+            f"levels must be None, one number, or a floating-point tensor of shape {tuple(shape)} on {like.device}, "
+            f"got {levels.dtype} {tuple(levels.shape)} on {levels.device}"
         )
     wrong = ~((levels >= 0) & (levels <= 1))
-    if levels.device.type == "cpu" and bool(wrong.any()):
+    if look and bool(wrong.any()):
         raise ValueError(f"levels must lie in [0, 1] (1 is noise, 0 a realised word), got {levels[wrong][0].item()}")
     return levels.to(dtype)
 
@@ -123,12 +133,21 @@ def as_stop(stop: int | Sequence[int] | None, model: Evo, device: torch.device) 
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-def check_steps(solver: Solver, max_steps: int) -> None:
-    """At least one step, and a solver that takes one a row."""
+def as_row_solver(solver: Solver, max_steps: int) -> Solver:
+    """A solver for one row of a plan of at least one step: of a fixed-step method one that makes one step a row."""
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; a token at level 1 needs at least 1 step")
-    if isinstance(solver, FixedStep) and solver.steps not in (None, max_steps):
+    if isinstance(solver, TorchDiffEq) and not solver.adaptive:
+        _check_steps(solver.steps, max_steps)
+        return solver.with_steps(1)
+    if isinstance(solver, FixedStep):
+        _check_steps(solver.steps, max_steps)
+    return solver
+
+
+def _check_steps(steps: int | None, max_steps: int) -> None:
+    if steps not in (None, max_steps):
         raise ValueError(
-            f"the solver has steps={solver.steps} and max_steps is {max_steps}; a fixed-step solver takes one step "
+            f"the solver has steps={steps} and max_steps is {max_steps}; a fixed-step solver takes one step "
             "a row of the plan: leave its steps unset"
         )

@@ -80,7 +80,7 @@ class VectorField:
     denoiser: Denoiser
 
     def denoise(self, latents: Tensor, level: Tensor) -> Denoised:
-        """Posterior logits and denoised latents of (B, N, D) at levels (B, N): one evaluation of the network."""
+        """Log-posterior and denoised latents of (B, N, D) at levels (B, N): one evaluation of the network."""
         return self.denoiser(self.network(latents, level), latents, level)
 
     def velocity(self, denoised: Denoised, latents: Tensor, level: Tensor) -> Tensor:

@@ -50,9 +50,18 @@ class Evaluation:
         """Exp of the bound per token."""
         return math.exp(self.nats)
 
-    def bits_per(self, units: int) -> float:
-        """The bound of all tokens scored, in bits per unit: of bytes, of words, of characters."""
-        return self.nats * self.tokens / math.log(2) / units
+    def bits_per(self, units: int) -> dict[str, float | str]:
+        """Everything in bits per unit (of bytes, of words) where the text scored has so many, as JSON values."""
+        factor = self.tokens / math.log(2) / units
+        return {
+            "bits": self.nats * factor,
+            "standard_error": self.standard_error * factor,
+            "sketch": self.sketch * factor,
+            "flow": self.flow * factor,
+            "reconstruction": self.reconstruction * factor,
+            "mean_level": self.mean_level,
+            "path": str(self.path),
+        }
 
 
 def measure(

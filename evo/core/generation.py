@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evo.core.cache import Cache
@@ -186,9 +187,13 @@ def _sketch(state: Prompted, count: int, ended: Tensor, request: Request) -> Ske
     schedule, embeddings = state.denoiser.schedule, state.denoiser.embeddings
     noise = standard_normal((len(ended), count, embeddings.shape[1]), embeddings, request.generator)
     tokens, latents, levels = [], [], []
-    length, finished = torch.full_like(ended, count, dtype=torch.int64), ended
+    length, finished = torch.where(ended, 0, count), ended
     for index in range(count):
         logits = state.speak()
+        if index == 0 and not logits.isfinite().all():
+            raise ValueError(
+                "the network gave NaN or infinite logits while sketching; look for such values in its weights"
+            )
         level = request.timestep_head(state.hidden, logits.unsqueeze(1))[:, 0].to(noise.dtype)
         refined = (step_counts(level, request.max_steps) >= 1) & (level > schedule.t_min)
         level = torch.where(refined, level, 0.0)
@@ -206,9 +211,11 @@ def _sketch(state: Prompted, count: int, ended: Tensor, request: Request) -> Ske
                 break
         if index + 1 < count:
             state.read(latent[:, None], level[:, None])
-    length = None if request.stop is None else length.clamp(max=len(tokens))
     levels = torch.stack(levels, 1)
-    if length is not None:
+    if request.stop is None or bool((length >= len(tokens)).all()):
+        length = None
+    else:
+        length = length.clamp(max=len(tokens))
         levels = levels * (torch.arange(len(tokens), device=levels.device) < length[:, None])
     return SketchedWindow(tokens=torch.stack(tokens, 1), latents=torch.stack(latents, 1), levels=levels, length=length)
 
@@ -235,11 +242,16 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
 
     A token's last step lands on the denoised latent of the state it starts from, and commits.
     """
-    plan = request.plan(sketch.levels, request.max_steps, state.denoiser.schedule.t_min)
+    # A plan may be made for windows of full width (`by_order`); a shorter one is its beginning.
+    size = sketch.tokens.shape[1]
+    levels = F.pad(sketch.levels, (0, request.window - size))
+    plan = request.plan(levels, request.max_steps, state.denoiser.schedule.t_min)[..., :size]
     changes = plan[:, 1:] != plan[:, :-1]
     commits = changes & (plan[:, 1:] == 0)
-    # One synchronisation a window: which rows do anything, and which of them move anything that is not committed.
-    busy, moving = torch.stack([changes.any(2).any(0), (changes & ~commits).any(2).any(0)]).tolist()
+    # One synchronisation a window: which rows do anything, which of them move a token, which commit one.
+    busy, moving, committing = torch.stack(
+        [rows.any(2).any(0) for rows in (changes, changes & ~commits, commits)]
+    ).tolist()
     field = _Recorder(state.field(sketch.length))
     embeddings, solver = state.denoiser.embeddings, request.solver
     tokens, latents, memory = sketch.tokens, sketch.latents, None
@@ -256,15 +268,16 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
                 moved = integrate(field, latents, level, target, solver=solver).latents
             found = field.first if field.first is not None else field.denoise(latents, level)
             finite = finite & found.latents.isfinite().all()
-            chosen = request.decoder(found.log_probs, found.latents, embeddings, request.generator)
-            tokens = torch.where(commit, chosen, tokens)
             latents = torch.where((changes[:, row] & ~commit).unsqueeze(-1), moved, latents)
-            latents = torch.where(commit.unsqueeze(-1), embeddings[tokens].to(latents.dtype), latents)
+            if committing[row]:
+                chosen = request.decoder(found.log_probs, found.latents, embeddings, request.generator)
+                tokens = torch.where(commit, chosen, tokens)
+                latents = torch.where(commit.unsqueeze(-1), embeddings[tokens].to(latents.dtype), latents)
             if request.trajectory:
                 seen[-1] = torch.where(level > 0, found.log_probs.argmax(-1), seen[-1])
         if request.trajectory:
             seen.append(tokens)
     if not finite:
-        raise ValueError("the network gave NaN or infinite latents while refining: look for such values in its weights")
+        raise ValueError("the network gave NaN or infinite latents while refining; look for such values in its weights")
     steps = Steps(levels=plan, tokens=torch.stack(seen, 1)) if request.trajectory else None
     return tokens, field.nfe, steps

@@ -82,7 +82,8 @@ class LatentSpace(nn.Module):
 
 
 def evidence_table(embeddings: Tensor) -> Tensor:
-    """Embeddings (V, D) with half their squared norm behind them, (V, D+1): what `evidence_query` is multiplied with."""
+    """Embeddings (V, D) with half their squared norm behind them, (V, D+1), float32 or wider: what `evidence_query` is multiplied with."""
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return torch.cat([embeddings, 0.5 * embeddings.square().sum(-1, keepdim=True)], dim=-1)
 
 

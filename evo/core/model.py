@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evo.core.config import EvoConfig, preset
-from evo.core.contract import as_batch, as_levels, as_mask, as_prompt, as_stop, check_steps, check_tokens
+from evo.core.contract import as_batch, as_levels, as_mask, as_prompt, as_row_solver, as_stop, check_tokens, looks
 from evo.core.denoiser import Denoiser, VectorField
 from evo.core.evaluation import evaluating, measure
 from evo.core.generation import Generation, Prompted, Request, generate
@@ -142,7 +142,7 @@ class Evo(nn.Module):
         """
         batch = as_batch(self, tokens, prompt_length, lengths)
         scored = as_mask(loss_mask, batch)
-        chosen = as_levels(levels, batch, self.latent_space.directions)
+        chosen = as_levels(levels, batch, self.bos, look=looks(self))
         if self.training:
             return training_step(self, batch, scored, chosen, path, generator, objective or Objective())
         return measure(self, batch, scored, chosen, path, generator, clock_values=1)
@@ -169,7 +169,7 @@ class Evo(nn.Module):
     ) -> Tensor:
         """Minus the bound of each token, (B, N), in nats; exact at level 0, elsewhere from so many clock values a sequence."""
         batch = as_batch(self, tokens, prompt_length, lengths)
-        chosen = as_levels(levels, batch, self.latent_space.directions)
+        chosen = as_levels(levels, batch, self.bos)
         with evaluating(self):
             return -measure(self, batch, batch.present, chosen, path, generator, clock_values).bound
 
@@ -211,8 +211,9 @@ class Evo(nn.Module):
         Args:
             prompt: ids (B, P); P may be 0.
             max_new_tokens: M.
-            solver: moves latents from one row of the plan to the next; None is `Euler()`. A fixed-step solver makes one step a row.
-            plan: how levels fall; `early_stop` is the paper's.
+            solver: moves latents from one row of the plan to the next; None is `Euler()`. A fixed-step solver makes one step a row,
+                an adaptive one integrates each row to its tolerance.
+            plan: how levels fall, called `plan(levels, max_steps, t_min)`; `early_stop` is the paper's.
             timestep_head: levels from hidden state and context logits; None is the model's own.
             prior: draws a token from context logits (B, V); None is `NucleusPrior(top_p=..., temperature=...)`.
             decoder: takes a token from a refined latent; None is `LinearDecoder()`.
@@ -228,8 +229,7 @@ class Evo(nn.Module):
             ValueError, TypeError: for a prompt or a setting that cannot be served, with the value and the remedy.
         """
         lengths = as_prompt(self, prompt, lengths, max_new_tokens)
-        solver = Euler() if solver is None else solver
-        check_steps(solver, max_steps)
+        solver = as_row_solver(Euler() if solver is None else solver, max_steps)
         if window is not None and window < 1:
             raise ValueError(f"window is {window}; it needs at least 1 token, or None for the whole answer")
         request = Request(

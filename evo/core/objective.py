@@ -11,7 +11,9 @@ B batch, N tokens, V vocabulary, D latent dimension.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +48,16 @@ class Objective:
     weight_cap: float = 50.0
     exploration: Exploration = field(default_factory=Exploration)
 
+    def __post_init__(self) -> None:
+        for name in ("aux_weight", "entropy_weight", "level_price"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; a weight must be finite")
+        if not (self.aux_weight >= 0 and 0 <= self.label_smoothing < 1 and self.weight_cap > 0):
+            raise ValueError(
+                f"aux_weight {self.aux_weight}, label_smoothing {self.label_smoothing}, weight_cap {self.weight_cap}: "
+                "needed aux_weight >= 0, label_smoothing in [0, 1), weight_cap > 0"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -62,6 +74,11 @@ class Batch:
     present: Tensor
     prompt: Tensor
     end: Tensor
+
+    @property
+    def free(self) -> Tensor:
+        """Bool (B, N): present and not prompt, the tokens whose level is not 0 from the outset."""
+        return self.present & (torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.prompt[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +131,11 @@ class Sketch:
         self.latents = self._noised(noise, self.levels)
         self.hidden = model.sketch(self.latents, self.levels)
         self.context_logits = model.readout(self.hidden, self.denoiser.embeddings).to(noise.dtype)
-        self.context_log_probs = self.context_logits.log_softmax(-1)
+
+    @cached_property
+    def context_log_probs(self) -> Tensor:
+        """What the causal half says, in nats, (B, N, V); a sketch made only to ask the head does not need it."""
+        return self.context_logits.log_softmax(-1)
 
     def bits(self) -> tuple[Tensor, Tensor]:
         """Sketch bits, and the causal cross-entropy CE(pi, x) they are a part of: nats, (B, N) each."""
@@ -126,11 +147,16 @@ class Sketch:
     def flow_bits(
         self, path: Path, clock: Tensor, generator: torch.Generator | None, weight_cap: float | None = None
     ) -> tuple[Tensor, Denoised]:
-        """The integrand of the flow at one clock value a sequence, (B,) in [0, 1]: nats, (B, N), and the denoised state behind it."""
-        level, rate = path.at(self.levels, clock, self.schedule.t_min)
+        """The integrand of the flow at one clock value a sequence, (B,) in [0, 1]: nats, (B, N), and the denoised state behind it.
+
+        The clock is that of the stretch in which any token of the sequence moves, whose length weights the integrand.
+        """
+        begin, end = (x.detach() for x in path.stretch(self.levels, self.schedule.t_min))
+        length = (end - begin).unsqueeze(-1)
+        level, rate = path.at(self.levels, begin + clock * (end - begin), self.schedule.t_min)
         level = torch.where(self.live, level, 0.0)
         denoised = self._refine(self._bridged(level, generator), level)
-        weight = -0.5 * self.schedule.d_snr(level.clamp(min=self.schedule.t_min)) * rate
+        weight = -0.5 * self.schedule.d_snr(level.clamp(min=self.schedule.t_min)) * rate * length
         if weight_cap is not None:
             weight = weight.clamp(max=weight_cap)
         error = (self.clean - denoised.latents).square().sum(-1)
@@ -190,17 +216,15 @@ def training_step(
         share = sketch.levels.detach()
         loss = loss + objective.aux_weight * (torch.lerp(causal, own, share) * scored).sum() / count
     if objective.entropy_weight:
-        loss = loss - objective.entropy_weight * usage_entropy(levels, batch.present).mean()
+        loss = loss - objective.entropy_weight * usage_entropy(levels, batch.free).mean()
     if objective.level_price:
-        loss = loss + objective.level_price * (levels * scored).sum() / count
+        loss = loss + objective.level_price * (levels * (scored & batch.free)).sum() / count
     return Output(loss=loss, sketch_bits=bits, flow_bits=flow, reconstruction=reconstruction, levels=sketch.levels)
 
 
 def realised_below(levels: Tensor, t_min: float, batch: Batch) -> Tensor:
     """Levels (B, N) with exact zeros where a token is prompt or absent, or its level is at most t_min."""
-    index = torch.arange(levels.shape[1], device=levels.device)
-    free = (index >= batch.prompt[:, None]) & batch.present & (levels > t_min)
-    return torch.where(free, levels, 0.0)
+    return torch.where(batch.free & (levels > t_min), levels, 0.0)
 
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

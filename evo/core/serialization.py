@@ -22,12 +22,14 @@ from torch import nn
 from evo._version import __version__
 from evo.core.config import EvoConfig
 from evo.core.files import sha256, sync, write_json
+from evo.schedules import from_config
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
 
 FORMAT = 1
 _CONFIG_LIMIT = 1 << 20
+_WEIGHTS = r"model-[0-9a-f]{12}\.safetensors"
 
 
 def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
@@ -57,8 +59,8 @@ def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
         write_json(directory / "config.json", manifest)
     finally:
         scratch.unlink(missing_ok=True)
-    for old in directory.glob("model-*.safetensors"):
-        if old.name != weights:
+    for old in directory.iterdir():
+        if old.name != weights and re.fullmatch(_WEIGHTS, old.name):
             old.unlink()
 
 
@@ -89,18 +91,18 @@ def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Ev
         state = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
-    if into is None:
-        with torch.device("meta"):
-            shape = EvoConfig.from_json(manifest["config"]).build()
-        _check_same(shape, state, weights)
-        into = EvoConfig.from_json(manifest["config"]).build()
-    else:
+    if into is not None:
         _check_same(into, state, weights)
-    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-    if len(dtypes) == 1:
-        into.to(dtypes.pop())
-    into.load_state_dict(state)
-    return into.eval()
+        into.load_state_dict(state)
+        return into.eval()
+    config = EvoConfig.from_json(manifest["config"])
+    # Without memory or random numbers for weights that would be thrown away; every tensor then comes from the file, in its own dtype.
+    with torch.device("meta"):
+        model = config.build()
+    model.schedule = from_config(config.schedule)
+    _check_same(model, state, weights)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{file} is damaged or was altered: its config does not have the digest beside it. Copy it again; "
             "to change a model, build one from an EvoConfig and give it the weights by load_weights"
         )
-    if not re.fullmatch(r"model-[0-9a-f]{12}\.safetensors", manifest["weights"]):
+    if not re.fullmatch(_WEIGHTS, manifest["weights"]):
         raise ValueError(
             f"{file} names the weights {manifest['weights']!r}; a file beside it called model-<digest>.safetensors is needed"
         )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evo.core.attention import Attention, rotary_table
+from evo.core.attention import Attention, rotary_angles
 from evo.core.cache import Cache
 from evo.core.masks import Causal, Lowered, Mask, as_positions, lower
 
@@ -28,17 +28,16 @@ class LevelEmbedding(nn.Module):
             make the gradient that reaches a learned level mostly their own oscillation.
     """
 
-    frequencies: Tensor
-
     def __init__(self, width: int, frequencies: int = 32) -> None:
         super().__init__()
-        spaced = torch.logspace(0, 4, frequencies, base=2.0, dtype=torch.float64)
-        self.register_buffer("frequencies", (spaced * math.pi / 2).float(), persistent=False)
+        self.frequencies = frequencies
         self.linear = nn.Linear(2 * frequencies, width, bias=False)
 
     def forward(self, level: Tensor) -> Tensor:
         """Levels (B, N) -> (B, N, W)."""
-        angles = level.unsqueeze(-1) * self.frequencies
+        # Made anew each time: a buffer would follow the weights into bfloat16 and blur the levels.
+        octaves = torch.linspace(0, 4, self.frequencies, device=level.device, dtype=level.dtype)
+        angles = level.unsqueeze(-1) * (math.pi / 2 * octaves.exp2())
         features = torch.cat([angles.sin(), angles.cos() - 1], dim=-1)
         return self.linear(features.to(self.linear.weight.dtype))
 
@@ -89,8 +88,6 @@ class Transformer(nn.Module):
         rope_base: base of the rotary frequencies.
     """
 
-    angles: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -107,13 +104,13 @@ class Transformer(nn.Module):
         super().__init__()
         hidden = -(-8 * width // 3 // 64) * 64 if hidden is None else hidden
         self.dim, self.width, self.positions = dim, width, positions
+        self.head_dim, self.rope_base = width // heads, rope_base
         self.embed = nn.Linear(dim, width, bias=False)
         self.level_embedding = LevelEmbedding(width)
         # The embedding of role `next` is zero by construction, which leaves a causal model untouched; this is role `own`.
         self.own_role = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden, dropout) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.register_buffer("angles", rotary_table(positions, width // heads, rope_base).float(), persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -163,13 +160,10 @@ class Transformer(nn.Module):
         x = self.embed(latents.to(self.embed.weight.dtype)).to(self.norm.weight.dtype) + self.level_embedding(level)
         if own is not None:
             x = x + own.unsqueeze(-1) * self.own_role
-        rotation = self._rotation(queries, x.dtype)
+        angles = rotary_angles(as_positions(queries, device), self.head_dim, self.rope_base, level.dtype).unsqueeze(1)
+        rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, lowered, cache, layer, store)
         if cache is not None and store:
             cache.advance(count)
         return self.norm(x)
-
-    def _rotation(self, queries: Tensor | range, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = self.angles[as_positions(queries, self.angles.device).clamp(min=0)].unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)

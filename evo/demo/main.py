@@ -7,15 +7,17 @@ import math
 import re
 import sysconfig
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evo.core import Evaluation, Evo, Generation, evaluate
+from evo.core import Evo, Generation, evaluate
+from evo.core.files import write_json
 from evo.demo.config import DemoConfig
 from evo.demo.page import write_page
 from evo.demo.picture import draw_levels
@@ -33,6 +35,7 @@ from evo.training import (
     open_corpus,
     train,
 )
+from evo.training.precision import pick_device
 
 LENGTH, BATCH, MAX_STEPS = 256, 8, 20
 PATH: LevelPath = early_stop
@@ -46,12 +49,7 @@ def main(config: DemoConfig) -> None:
     Raises:
         FileNotFoundError, ValueError: for data that is not there or too little, or an `out` that holds another run.
     """
-    pick_threads(config.preset)
-    started = time.perf_counter()
-    plan = training_plan(config)
-    print(f"training {plan.preset!r} for {plan.steps} steps on {plan.data}", flush=True)
-    model = train(plan).model
-    print(f"trained in {(time.perf_counter() - started) / 60:.1f} minutes; the model is in {config.out / 'model'}\n")
+    model, plan = trained(config)
     corpus = open_corpus(plan.data, config.out / "data", plan.corpus)
     measured = measure_bound(model, corpus, config)
     print(bound_table(measured), end="\n\n", flush=True)
@@ -61,65 +59,78 @@ def main(config: DemoConfig) -> None:
     shown = completions[0].generation
     draw_levels(config.out / "levels.png", shown)
     write_page(config.out / "levels.html", prompt, shown)
-    write_results(config.out / "results.json", measured, completions)
+    write_json(config.out / "results.json", results(measured, completions))
     print(f"wrote {config.out / 'levels.png'}, {config.out / 'levels.html'} and {config.out / 'results.json'}")
     print(f'now try: evo generate --model {config.out / "model"} "def "')
 
 
-def training_plan(config: DemoConfig) -> TrainConfig:
-    """The training run: the one that `out` holds, or one of as many steps as fill the time."""
-    data = Path(sysconfig.get_paths()["stdlib"]) if config.data is None else config.data
-    plan = TrainConfig(
-        data=data,
+def trained(config: DemoConfig) -> tuple[Evo, TrainConfig]:
+    """The model, on the CPU, and the run it comes from: the one in `out`, gone on with if it was cut off, or a new one."""
+    known = config.out / "config.json"
+    device = pick_device("auto")
+    if known.is_file():
+        steps = config.steps or int(json.loads(known.read_text(encoding="utf-8"))["steps"])
+        print(f"going on with the run of {steps} steps in {config.out}; delete it to train anew", flush=True)
+    else:
+        if device.type == "cpu":
+            pick_threads(config.preset)
+        steps = config.steps or max(100, int(60 * config.minutes / seconds_per_step(config.preset, device)))
+    plan = training_plan(config, steps)
+    begun = time.perf_counter()
+    print(f"training {plan.preset!r} for {plan.steps} steps on {plan.data}", flush=True)
+    model = train(plan).model.cpu()
+    print(f"trained in {(time.perf_counter() - begun) / 60:.1f} minutes; the model is in {config.out / 'model'}\n")
+    return model, plan
+
+
+def training_plan(config: DemoConfig, steps: int) -> TrainConfig:
+    """The training run of so many steps."""
+    return TrainConfig(
+        data=Path(sysconfig.get_paths()["stdlib"]) if config.data is None else config.data,
         out=config.out,
         preset=config.preset,
-        steps=config.steps or 1,
+        steps=steps,
         batch_size=BATCH,
         length=LENGTH,
         seed=config.seed,
-        save_every=500,
         corpus=CorpusConfig(suffixes=(".py",), exclude=EXCLUDED) if config.data is None else CorpusConfig(),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup=50),
         # Prompts are read in full as any causal model reads them; most of a short run goes into whole windows.
         curriculum=CurriculumConfig(window=0.25),
+        # The demonstration measures the bound itself, when training is done.
         evaluation=EvaluationConfig(every=10**9, sequences=16, clock_values=4),
     )
-    if config.steps is not None:
-        return plan
-    known = config.out / "config.json"
-    if known.is_file():
-        return replace(plan, steps=int(json.loads(known.read_text(encoding="utf-8"))["steps"]))
-    return replace(plan, steps=max(100, int(60 * config.minutes / seconds_per_step(config.preset))))
 
 
 def pick_threads(preset: str) -> None:
     """Use one thread where that is faster than all: on few cores that others use too, threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    together = seconds_per_step(preset, timed=3)
+    threads, cpu = torch.get_num_threads(), torch.device("cpu")
+    together = seconds_per_step(preset, cpu, timed=3)
     torch.set_num_threads(1)
-    if threads > 1 and together < seconds_per_step(preset, timed=3):
+    if threads > 1 and together < seconds_per_step(preset, cpu, timed=3):
         torch.set_num_threads(threads)
 
 
-def seconds_per_step(preset: str, warm_up: int = 2, timed: int = 12) -> float:
-    """How long one training step takes on this machine, from a few of a model that is thrown away."""
-    model = Evo.from_preset(preset, vocab_size=ByteTokenizer.vocab_size)
+def seconds_per_step(preset: str, device: torch.device, warm_up: int = 2, timed: int = 12) -> float:
+    """How long one training step takes on a device, from a few of a model that is thrown away."""
+    model = Evo.from_preset(preset, vocab_size=ByteTokenizer.vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.randint(0, 256, (BATCH, LENGTH))
+    tokens = torch.randint(0, 256, (BATCH, LENGTH), device=device)
     begun = time.perf_counter()
     for step in range(warm_up + timed):
         if step == warm_up:
             begun = time.perf_counter()
-        model(tokens).loss.backward()
+        out = model(tokens)
+        out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        out.loss.item()  # waits for the device
     return (time.perf_counter() - begun) / timed
 
 
-def measure_bound(model: Evo, corpus: Corpus, config: DemoConfig) -> dict[str, tuple[Evaluation, float]]:
-    """The held-out bound at each kind of level, with the factor from nats a token to bits a byte."""
+def measure_bound(model: Evo, corpus: Corpus, config: DemoConfig) -> dict[str, dict[str, Any]]:
+    """The held-out bound at each kind of level, in bits per byte."""
     tokens = corpus.held_out_batch(config.sequences, LENGTH)
-    per_byte = tokens.numel() / (math.log(2) * int((tokens < BOS).sum()))
     measured = {}
     for name, levels in (("t = 0", 0.0), ("t = 1/2", 0.5), ("t = 1", 1.0), ("learned t", None)):
         found = evaluate(
@@ -131,23 +142,26 @@ def measure_bound(model: Evo, corpus: Corpus, config: DemoConfig) -> dict[str, t
             generator=torch.Generator().manual_seed(config.seed),
             description=f"bound at {name}",
         )
-        measured[name] = (found, per_byte)
+        measured[name] = found.bits_per(int((tokens < BOS).sum()))
     return measured
 
 
-def bound_table(measured: dict[str, tuple[Evaluation, float]]) -> str:
-    """The bound at each kind of level, in bits a byte."""
+def bound_table(measured: dict[str, dict[str, Any]]) -> str:
+    """The bound at each kind of level."""
+    columns = {
+        "bits": "bound",
+        "standard_error": "± s.e.",
+        "sketch": "sketch",
+        "flow": "flow",
+        "reconstruction": "reconstr.",
+        "mean_level": "mean t",
+    }
     lines = [
         f"held-out bound in bits per byte, path {PATH}",
-        f"{'levels':<12}{'bound':>9}{'± s.e.':>9}{'sketch':>9}{'flow':>9}{'reconstr.':>11}{'mean t':>9}",
+        f"{'levels':<12}" + "".join(f"{title:>11}" for title in columns.values()),
     ]
-    for name, (found, unit) in measured.items():
-        figures = (found.nats, found.standard_error, found.sketch, found.flow)
-        lines.append(
-            f"{name:<12}"
-            + "".join(f"{figure * unit:9.3f}" for figure in figures)
-            + f"{found.reconstruction * unit:11.4f}{found.mean_level:9.3f}"
-        )
+    for name, figures in measured.items():
+        lines.append(f"{name:<12}" + "".join(f"{figures[column]:11.3f}" for column in columns))
     return "\n".join(lines)
 
 
@@ -178,6 +192,11 @@ class Completion:
     generation: Generation
     tokens_per_second: float
     bits_per_byte: float
+
+    @property
+    def mean_level(self) -> float:
+        """Of the tokens written."""
+        return self.generation.levels.sum().item() / self.generation.lengths.sum().item()
 
 
 def complete(model: Evo, prompt: Tensor, config: DemoConfig) -> list[Completion]:
@@ -228,34 +247,21 @@ def solver_table(completions: list[Completion]) -> str:
         f"{'solver':<14}{'nfe':>6}{'tokens/s':>10}{'bits/byte at t = 0':>20}{'mean t':>9}",
     ]
     for done in completions:
-        mean = done.generation.levels.sum().item() / done.generation.lengths.sum().item()
         lines.append(
-            f"{done.solver:<14}{done.generation.nfe:>6}{done.tokens_per_second:>10.1f}{done.bits_per_byte:>20.3f}{mean:>9.3f}"
+            f"{done.solver:<14}{done.generation.nfe:>6}{done.tokens_per_second:>10.1f}{done.bits_per_byte:>20.3f}{done.mean_level:>9.3f}"
         )
     return "\n".join(lines)
 
 
-def write_results(file: Path, measured: dict[str, tuple[Evaluation, float]], completions: list[Completion]) -> None:
-    """Both tables as JSON."""
-    bound = {
-        name: {
-            "bits_per_byte": found.nats * unit,
-            "standard_error": found.standard_error * unit,
-            "sketch": found.sketch * unit,
-            "flow": found.flow * unit,
-            "reconstruction": found.reconstruction * unit,
-            "mean_level": found.mean_level,
-            "path": str(found.path),
-        }
-        for name, (found, unit) in measured.items()
-    }
+def results(measured: dict[str, dict[str, Any]], completions: list[Completion]) -> dict[str, Any]:
+    """Both tables as JSON values."""
     solvers = {
         done.solver: {
             "nfe": done.generation.nfe,
             "tokens_per_second": done.tokens_per_second,
             "bits_per_byte": done.bits_per_byte,
-            "mean_level": done.generation.levels.sum().item() / done.generation.lengths.sum().item(),
+            "mean_level": done.mean_level,
         }
         for done in completions
     }
-    file.write_text(json.dumps({"bound": bound, "solvers": solvers}, indent=2) + "\n", encoding="utf-8")
+    return {"bound": measured, "solvers": solvers}

@@ -15,7 +15,7 @@ from evo.text import BOS
 
 
 def write_page(file: Path, prompt: Tensor, written: Generation) -> None:
-    """Write the page of prompts (B, P) and what was written behind them.
+    """Write the page of prompts (B, P) and the first window of what was written behind them.
 
     Raises:
         ValueError: for a generation without a trajectory.
@@ -32,8 +32,8 @@ def write_page(file: Path, prompt: Tensor, written: Generation) -> None:
         for row, length in enumerate(written.lengths.clamp(max=steps.levels.shape[2]).tolist())
     ]
     template = (files("evo.demo") / "page.html").read_text(encoding="utf-8")
-    # Inside a script element the one sequence that must not appear is a closing tag.
-    data = json.dumps(sequences, ensure_ascii=False).replace("</", "<\\/")
+    # Inside a script element no "<" of the text may be taken for markup.
+    data = json.dumps(sequences, ensure_ascii=False).replace("<", "\\u003c")
     write_text(file, template.replace("/*DATA*/", data))
 
 

@@ -18,7 +18,7 @@ def visible(token: int) -> str:
 
 
 def draw_levels(file: Path, written: Generation, row: int = 0) -> None:
-    """Write a PNG of one sequence of a generation that kept its trajectory.
+    """Write a PNG of one sequence of a generation that kept its trajectory: its tokens, and the steps of its first window.
 
     Raises:
         ImportError: without matplotlib.
@@ -50,9 +50,8 @@ def draw_levels(file: Path, written: Generation, row: int = 0) -> None:
             family="monospace",
         )
     above.set(title="each token, coloured by the level t it was sketched at", xticks=[], yticks=[])
-    # Windows follow each other, so their rows stand side by side.
-    window = written.trajectory[0].levels[row].T[:length]
-    below.imshow(window.T.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    window = written.trajectory[0].levels[row, :, :length]
+    below.imshow(window.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
     below.set(title="levels over refinement steps", xlabel="token", ylabel="step")
     figure.colorbar(image, ax=[above, below], label="level (1 is noise, 0 is a word)")
     temporary = file.with_name(f".{file.name}.tmp")

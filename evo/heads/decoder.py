@@ -1,7 +1,7 @@
 """From a refined latent back to a token.
 
-Every decoder is called as `decoder(logits, denoised, embeddings, generator) -> tokens`: logits (..., V) of p(v|z), the
-denoised latent (..., D) and the embeddings (V, D).
+Every decoder is called as `decoder(logits, denoised, embeddings, generator) -> tokens`: log p(v|z), or any logits of it,
+(..., V), the denoised latent (..., D) and the embeddings (V, D).
 """
 
 from __future__ import annotations

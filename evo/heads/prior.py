@@ -16,7 +16,7 @@ class NucleusPrior:
     Args:
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; at least one token is kept.
         temperature: divides the logits, before the nucleus is cut; 0 takes the most probable token.
-        processors: functions of logits (..., V) applied first, in order: bans, penalties, grammars.
+        processors: functions of logits (..., V) applied first, in order: bans and biases.
     """
 
     top_p: float = 0.9

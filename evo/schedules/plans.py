@@ -50,18 +50,29 @@ class Path(ABC):
         """(τ, −dτ/dc), each (B, N): where tokens of `levels` (B, N) are at `clock` (B,) or (B, 1), and their speed.
 
         τ lies in [t_min, t]; where t ≤ t_min it is t. The derivative is taken from the right: 0 while a token waits,
-        and once it has arrived. Both are differentiable in `levels`. ValueError for shapes that do not fit.
+        and once it has arrived. ValueError for shapes that do not fit.
+
+        The gradient in `levels` is taken with every moving token held at its share of the way from t_min to t. Held at
+        its place on the clock instead, as written, a token whose speed does not depend on t would tell its level
+        nothing of the stretch that a higher level adds.
         """
         if levels.dim() != 2 or clock.shape not in ((len(levels),), (len(levels), 1)):
             raise ValueError(
                 f"levels of shape {tuple(levels.shape)} with a clock of shape {tuple(clock.shape)}: "
                 "a path needs levels (B, N) and a clock (B,) or (B, 1)."
             )
-        ramp, speed = (x.squeeze(1) for x in self.ramp(levels.unsqueeze(1), clock.reshape(-1, 1, 1), t_min))
-        floor = levels.clamp(max=t_min)
-        moving = (ramp <= levels) & (ramp > floor)
-        level = torch.where(moving, ramp, torch.where(ramp > levels, levels, floor))
-        return level, torch.where(moving, speed, 0.0)
+        held = levels.detach()
+        ramp, speed = (x.squeeze(1) for x in self.ramp(held.unsqueeze(1), clock.reshape(-1, 1, 1), t_min))
+        moving = (ramp <= held) & (ramp > held.clamp(max=t_min))
+        length = torch.where(moving, held - t_min, 1.0)
+        longer = (levels - held) / length  # 0; its gradient is that of the logarithm of the way
+        level = torch.where(moving, ramp + (ramp - t_min).detach() * longer, levels.clamp(max=t_min))
+        level = torch.where(ramp > held, levels, level)
+        return level, torch.where(moving, speed * (1 + longer), 0.0)
+
+    def stretch(self, levels: Tensor, t_min: float = 0.1) -> tuple[Tensor, Tensor]:
+        """The part of the clock, from (B,) to (B,), outside which no token of `levels` (B, N) moves; all of it, or less."""
+        return levels.new_zeros(len(levels)), levels.new_ones(len(levels))
 
     def __call__(self, levels: Tensor, max_steps: int, t_min: float = 0.1) -> Tensor:
         """The plan (B, K+1, N) of `levels` (B, N) in K = `max_steps` steps; step k leads from row k to row k + 1.
@@ -97,6 +108,9 @@ class EarlyStop(Path):
     def span(self, levels: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(levels), step_counts(levels, max_steps)
 
+    def stretch(self, levels: Tensor, t_min: float = 0.1) -> tuple[Tensor, Tensor]:
+        return levels.new_zeros(len(levels)), (levels.amax(1) - t_min).clamp(min=0)
+
     def __repr__(self) -> str:
         return "early_stop"
 
@@ -110,6 +124,9 @@ class LateStart(Path):
 
     def span(self, levels: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
         return max_steps - step_counts(levels, max_steps), torch.full_like(levels, max_steps)
+
+    def stretch(self, levels: Tensor, t_min: float = 0.1) -> tuple[Tensor, Tensor]:
+        return 1 - levels.amax(1).clamp(min=t_min), levels.new_full((len(levels),), 1 - t_min)
 
     def __repr__(self) -> str:
         return "late_start"

@@ -38,11 +38,11 @@ class Sigmoid(Schedule):
 
     def signal(self, t: Tensor) -> Tensor:
         above, below = self._gaps(t)
-        return (above / (above + below)).sqrt()
+        return _root(above / (above + below))
 
     def noise(self, t: Tensor) -> Tensor:
         above, below = self._gaps(t)
-        return (below / (above + below)).sqrt()
+        return _root(below / (above + below))
 
     def log_snr(self, t: Tensor) -> Tensor:
         above, below = self._gaps(interior(t))
@@ -51,14 +51,6 @@ class Sigmoid(Schedule):
     def d_log_snr(self, t: Tensor) -> Tensor:
         t, length = interior(t), self.end - self.start
         return -length * (1 + 1 / torch.expm1(length * t) + 1 / torch.expm1(length * (1 - t)))
-
-    def d_signal(self, t: Tensor) -> Tensor:
-        t = interior(t)
-        return self.signal(t) * self.noise(t).square() * self.d_log_snr(t) / 2
-
-    def d_noise(self, t: Tensor) -> Tensor:
-        t = interior(t)
-        return -self.noise(t) * self.signal(t).square() * self.d_log_snr(t) / 2
 
     def level_of_log_snr(self, log_snr: Tensor) -> Tensor:
         # x − a = log σ(x)/σ(a) − log σ(−x)/σ(−a), where σ(x) = ᾱ·σ(a) + (1 − ᾱ)·σ(b) and so for −x.
@@ -69,3 +61,9 @@ class Sigmoid(Schedule):
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"start": self.start, "end": self.end}
+
+
+def _root(power: Tensor) -> Tensor:
+    """√power with gradient 0 where it is 0, at the ends, instead of an infinite one that makes NaN of whatever it meets."""
+    positive = power > 0
+    return torch.where(positive, power.where(positive, 1.0).sqrt(), 0.0)

@@ -59,9 +59,8 @@ class OptimizerConfig:
 class CurriculumConfig:
     """What a step asks of the model: levels to explore, windows, and the weights of the terms beside the bound."""
 
-    path: Literal["early_stop", "full"] = "early_stop"
-    """How levels fall from where a token is sketched to 0, in training and in evaluation. (On late_start the level of a
-    moving token does not depend on where it started, so a level learned there would not see what refinement costs.)"""
+    path: Literal["early_stop", "late_start", "full"] = "early_stop"
+    """How levels fall from where a token is sketched to 0, in training and in evaluation."""
     explore: float = 0.5
     """Share of sequences whose levels are random; the others take the levels of the timestep head."""
     # Of an untrained model a timestep head learns that the flow, whose weight is capped, is cheap; it goes to level 1, where

@@ -162,8 +162,8 @@ def _read(config: TrainConfig, state: TrainState, meter: Meter) -> dict[str, Any
 def _evaluate(config: TrainConfig, state: TrainState, held_out: Tensor, progress: Progress) -> dict[str, Any]:
     """The bound of the averaged weights on held-out crops (S, N), in bits per byte, at levels 0, 1 and learned."""
     device = next(state.model.parameters()).device
-    per_byte = held_out.numel() / (math.log(2) * max(1, int((held_out < BOS).sum())))
-    measured: dict[str, dict[str, float]] = {}
+    in_bytes = max(1, int((held_out < BOS).sum()))
+    measured: dict[str, dict[str, Any]] = {}
     for name, levels in (("0", 0.0), ("1", 1.0), ("learned", None)):
         found = evaluate(
             state.ema.model,
@@ -176,20 +176,10 @@ def _evaluate(config: TrainConfig, state: TrainState, held_out: Tensor, progress
             # The same noise every time: what changes between evaluations is the model.
             generator=generator(device, config.seed, Purpose.EVALUATION),
         )
-        measured[name] = {
-            "bits_per_byte": found.nats * per_byte,
-            "standard_error": found.standard_error * per_byte,
-            "sketch": found.sketch * per_byte,
-            "flow": found.flow * per_byte,
-            "reconstruction": found.reconstruction * per_byte,
-            "mean_level": found.mean_level,
-        }
-    shown = ", ".join(
-        f"{name}: {figures['bits_per_byte']:.3f} ± {figures['standard_error']:.3f}"
-        for name, figures in measured.items()
-    )
+        measured[name] = found.bits_per(in_bytes)
+    shown = ", ".join(f"{name}: {each['bits']:.3f} ± {each['standard_error']:.3f}" for name, each in measured.items())
     progress.note(f"step {state.step}: held-out bits per byte at level {shown}")
-    return {"path": config.curriculum.path, "levels": measured}
+    return {"levels": measured}
 
 
 def _check_same_run(config: TrainConfig) -> None:
