@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from evo import Evo
+from evo.cli import main
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]
+COMMANDS = sorted(
+    {
+        line
+        for page in PAGES
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if shlex.split(line, comments=True)
+    }
+)
+# What is added to a command so that it is done in seconds.
+LESS = {
+    "train": "--steps 2 --batch-size 2 --length 16 --overrides depth 1 --evaluation.sequences 2",
+    "generate": "--max-new-tokens 4",
+    "info": "",
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -26,7 +47,44 @@ def test_the_code_in_documents_runs(document, tmp_path, monkeypatch):
         exec(compile("\n" * line + block.group(1), str(document), "exec"), namespace)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with what the commands of the documents find: the model that a demo leaves, and a reader's own texts."""
+    place = tmp_path_factory.mktemp("workplace")
+    torch.manual_seed(0)
+    Evo.from_preset("tiny", vocab_size=259, depth=1).save_pretrained(place / "demo" / "model")
+    texts = place / "my" / "texts"
+    texts.mkdir(parents=True)
+    for index in range(8):
+        (texts / f"{index}.txt").write_text("the same words again\n" * 20)
+    return place
+
+
+def test_there_are_commands_to_run():
+    assert {shlex.split(line, comments=True)[0] for line in COMMANDS} >= {"make", ".venv/bin/evo"}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_in_documents_run(line, workplace, monkeypatch):
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert Path(program).name == "evo", f"no way to try {line!r} here: teach this test one"
+    monkeypatch.chdir(workplace)
+    assert main([*arguments, *LESS[arguments[0]].split()]) == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_extras_to_install_exist(page):
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    known = set(re.findall(r"^([\w-]+) = \[", table, re.MULTILINE))
+    for names in re.findall(r"pip install [^`\n]*?\[([^\]]+)\]", page.read_text(encoding="utf-8")):
+        assert set(re.split(r",\s*", names)) <= known, names
+
+
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), target
