@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from _harness import compare, describe_machine, parser, table, write_json
+from _harness import compare, describe_machine, keep_memory, parser, table, write_json
 
 from evo import Evo
 from evo.core.generation import Prompted, Request, SketchedWindow, refine
@@ -29,6 +29,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--rounds", type=int, default=10)
     given = options.parse_args()
+    keep_memory()
     draws = torch.Generator(given.device).manual_seed(1)
     torch.manual_seed(0)
     model = Evo.from_preset(given.preset, vocab_size=259).to(given.device).eval()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _harness import compare, describe_machine, parser, table, write_json
+from _harness import compare, describe_machine, keep_memory, parser, table, write_json
 
 from evo import Evo, Objective
 from evo.core import Exploration
@@ -24,6 +24,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--rounds", type=int, default=20)
     given = options.parse_args()
+    keep_memory()
     draws = torch.Generator(given.device).manual_seed(1)
     torch.manual_seed(0)
     model = Evo.from_preset(given.preset, vocab_size=259).to(given.device).train()

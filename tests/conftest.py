@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Also for the processes that tests start: workers share the cores, and threads of several processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -17,7 +17,7 @@ class DemoConfig:
     """File or folder of text; by default the Python standard library's own source."""
     out: Path = Path("demo")
     """Folder for the model, the picture and the page."""
-    minutes: float = 5.0
+    minutes: float = 4.5
     """Time to spend on training; the number of steps is chosen to fill it, from the speed of the first few."""
     steps: int | None = None
     """Train for so many steps instead."""
