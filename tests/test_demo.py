@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -32,14 +33,15 @@ def test_it_leaves_a_model_a_picture_a_page_and_figures(done):
     assert (done.out / "levels.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((done.out / "results.json").read_text())
     assert set(results["bound"]) == {"t = 0", "t = 1/2", "t = 1", "learned t"}
-    assert set(results["solvers"]) == {"Euler", "Heun", "Exponential", "dopri5"}
+    runs = {(run["levels"], run["solver"]) for run in results["solvers"]}
+    assert runs == set(itertools.product(("learned", "entropy"), ("Euler", "Heun", "Exponential", "dopri5")))
     for figures in results["bound"].values():
         parts = figures["sketch"] + figures["flow"] + figures["reconstruction"]
         assert parts == pytest.approx(figures["bits"])
         assert figures["standard_error"] > 0
     assert results["bound"]["t = 0"]["flow"] == 0
     assert abs(results["bound"]["t = 1"]["sketch"]) < 1e-5
-    for figures in results["solvers"].values():
+    for figures in results["solvers"]:
         assert figures["tokens_per_second"] > 0
         assert math.isfinite(figures["bits_per_byte"])
 
