@@ -31,6 +31,7 @@ class EvoConfig:
         rope_base: base of the rotary frequencies.
         radius: of the latent space; None is sqrt(2 ln V).
         schedule: the noise schedule, as its `config()` describes it.
+        self_conditioning: let refinement see its own earlier estimate of the clean latents.
     """
 
     vocab_size: int
@@ -45,6 +46,7 @@ class EvoConfig:
     rope_base: float = 10_000.0
     radius: float | None = None
     schedule: Mapping[str, Any] = field(default_factory=lambda: {"name": "cosine"})
+    self_conditioning: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1 or not 0 < self.rope_base < float("inf"):
@@ -69,6 +71,7 @@ class EvoConfig:
                 positions=self.context + 1,
                 dropout=self.dropout,
                 rope_base=self.rope_base,
+                self_conditioning=self.self_conditioning,
             ),
             schedule=from_config(self.schedule),
             timestep_head=TimestepHead(self.width),
@@ -103,6 +106,8 @@ def _check_type(name: str, value: object, declared: str) -> None:
         return
     if declared.startswith("Mapping"):
         fits = isinstance(value, Mapping)
+    elif declared.startswith("bool"):
+        fits = isinstance(value, bool)
     elif declared.startswith("int"):
         fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
     else:

@@ -72,16 +72,21 @@ class VectorField:
     """F(z, t) = dz/dt, the probability flow of a denoiser, as solvers call it.
 
     Args:
-        network: callable (latents (B, N, D), level (B, N)) -> context logits (B, N, V).
+        network: callable (latents (B, N, D), level (B, N)) -> context logits (B, N, V); where it is self-conditioned, with a third
+            argument, an estimate (B, N, D) or None.
         denoiser: turns them into denoised latents.
+        self_conditioned: whether the network takes an earlier estimate of the clean latents. As a function of z and t alone, which
+            is what a solver needs, the field then makes that estimate itself: two evaluations of the network in one.
     """
 
-    network: Callable[[Tensor, Tensor], Tensor]
+    network: Callable[..., Tensor]
     denoiser: Denoiser
+    self_conditioned: bool = False
 
-    def denoise(self, latents: Tensor, level: Tensor) -> Denoised:
-        """Log-posterior and denoised latents of (B, N, D) at levels (B, N): one evaluation of the network."""
-        return self.denoiser(self.network(latents, level), latents, level)
+    def denoise(self, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Denoised:
+        """Log-posterior and denoised latents of (B, N, D) at levels (B, N), given an earlier estimate or none: one evaluation of the network."""
+        given = (latents, level) if estimate is None else (latents, level, estimate)
+        return self.denoiser(self.network(*given), latents, level)
 
     def velocity(self, denoised: Denoised, latents: Tensor, level: Tensor) -> Tensor:
         """The velocity (B, N, D) that a denoised state implies: s' x + n' (z - s x) / n, and 0 where a token is realised."""
@@ -92,4 +97,5 @@ class VectorField:
 
     def __call__(self, latents: Tensor, level: Tensor) -> Tensor:
         """Latents (B, N, D) at levels (B, N) -> d latents / d level, (B, N, D)."""
-        return self.velocity(self.denoise(latents, level), latents, level)
+        estimate = self.denoise(latents, level).latents if self.self_conditioned else None
+        return self.velocity(self.denoise(latents, level, estimate), latents, level)

@@ -119,12 +119,12 @@ class Prompted:
         start, cache = self.position, self.cache
         mask = Window(start, None if length is None else start + length)
 
-        def network(latents: Tensor, level: Tensor) -> Tensor:
+        def network(latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
             own = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)
-            hidden = self.model.backbone(latents, level, mask=mask, own=own, cache=cache)
+            hidden = self.model.backbone(latents, level, mask=mask, own=own, estimate=estimate, cache=cache)
             return self.model.readout(hidden, self.denoiser.embeddings)
 
-        return VectorField(network, self.denoiser)
+        return VectorField(network, self.denoiser, self.model.self_conditioned)
 
     def _read(self, latents: Tensor, level: Tensor) -> Tensor:
         return self.model.backbone(latents, level, mask=Causal(), cache=self.cache, store=True)[:, -1:]
@@ -221,14 +221,23 @@ def _sketch(state: Prompted, count: int, ended: Tensor, request: Request) -> Ske
 
 
 class _Recorder:
-    """A field that counts its evaluations and keeps what the first of a row found, from which tokens are committed."""
+    """A field that counts its evaluations and keeps what the first of a row found, from which tokens are committed.
+
+    A self-conditioned network is fed what the first evaluation of the row before found, so that it costs one evaluation too.
+    """
 
     def __init__(self, field: VectorField) -> None:
-        self.field, self.nfe, self.first = field, 0, None
+        self.field, self.nfe, self.first, self.estimate = field, 0, None, None
+
+    def begin_row(self) -> None:
+        """Forget what was found, but for the estimate that it is."""
+        if self.field.self_conditioned and self.first is not None:
+            self.estimate = self.first.latents
+        self.first = None
 
     def denoise(self, latents: Tensor, level: Tensor) -> Denoised:
         self.nfe += 1
-        denoised = self.field.denoise(latents, level)
+        denoised = self.field.denoise(latents, level, self.estimate)
         if self.first is None:
             self.first = denoised
         return denoised
@@ -260,7 +269,7 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
         if busy[row]:
             level, commit = plan[:, row], commits[:, row]
             target = torch.where(commit, level, plan[:, row + 1])
-            field.first = None
+            field.begin_row()
             moved = latents
             if moving[row] and isinstance(solver, FixedStep):
                 moved, memory = solver.step(field, latents, level, target, memory)

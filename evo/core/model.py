@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evo.core.config import EvoConfig, preset
@@ -87,8 +88,19 @@ class Evo(nn.Module):
         """The causal half: latents (B, N, D) at levels (B, N) -> hidden states (B, N, W); row i speaks of token i, from z_<i alone."""
         return self.backbone(self.behind_bos(latents[:, :-1]), _behind_zero(level[:, :-1]), mask=Causal())
 
+    @property
+    def self_conditioned(self) -> bool:
+        """Whether refinement takes its own earlier estimate of the clean latents."""
+        return self.backbone.self_conditioned
+
     def refine(
-        self, latents: Tensor, level: Tensor, *, prompt: Tensor | None = None, end: Tensor | None = None
+        self,
+        latents: Tensor,
+        level: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        end: Tensor | None = None,
+        estimate: Tensor | None = None,
     ) -> Tensor:
         """The refining half: latents (B, N, D) at levels (B, N) -> hidden states (B, N, W); row i speaks of token i itself.
 
@@ -96,13 +108,17 @@ class Evo(nn.Module):
             latents, level: prompt and window together.
             prompt: (B,) leading tokens that are prompt, None for none; their rows speak of the next token and see no window.
             end: (B,) tokens present, None for all.
+            estimate: (B, N, D) an earlier estimate of the clean latents, for a network built with `self_conditioning`.
         """
         index = torch.arange(latents.shape[1] + 1, device=latents.device)
         if prompt is None:
             own, mask = index >= 1, Window(1, None if end is None else end + 1)
         else:
             own, mask = index > prompt[:, None], Window(prompt + 1, None if end is None else end + 1)
-        return self.backbone(self.behind_bos(latents), _behind_zero(level), mask=mask, own=own)[:, 1:]
+        if estimate is not None:
+            estimate = F.pad(estimate, (0, 0, 1, 0))
+        hidden = self.backbone(self.behind_bos(latents), _behind_zero(level), mask=mask, own=own, estimate=estimate)
+        return hidden[:, 1:]
 
     def behind_bos(self, latents: Tensor) -> Tensor:
         """Latents (B, N, D) with the latent of BOS before them, (B, N+1, D)."""
@@ -179,14 +195,15 @@ class Evo(nn.Module):
         The prompt is read once, here, and carries no gradient. Without one, windows of any batch size may follow.
         """
         if prompt is None:
-            return VectorField(self._own_logits, Denoiser.of(self.latent_space, self.schedule))
+            denoiser = Denoiser.of(self.latent_space, self.schedule)
+            return VectorField(self._own_logits, denoiser, self.self_conditioned)
         check_tokens(self, prompt, "prompt", minimum=0)
         with torch.no_grad():
             state = Prompted(self, prompt, None, room=0)
         return state.field()
 
-    def _own_logits(self, latents: Tensor, level: Tensor) -> Tensor:
-        return self.readout(self.refine(latents, level), self.latent_space.weight)
+    def _own_logits(self, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
+        return self.readout(self.refine(latents, level, estimate=estimate), self.latent_space.weight)
 
     def generate(
         self,

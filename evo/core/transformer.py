@@ -86,6 +86,7 @@ class Transformer(nn.Module):
         positions: how many positions there are, BOS included.
         dropout: on both residual branches.
         rope_base: base of the rotary frequencies.
+        self_conditioning: take an earlier estimate of the clean latents as a second input.
     """
 
     def __init__(
@@ -100,12 +101,14 @@ class Transformer(nn.Module):
         hidden: int | None = None,
         dropout: float = 0.0,
         rope_base: float = 10_000.0,
+        self_conditioning: bool = False,
     ) -> None:
         super().__init__()
         hidden = -(-8 * width // 3 // 64) * 64 if hidden is None else hidden
         self.dim, self.width, self.positions = dim, width, positions
         self.head_dim, self.rope_base = width // heads, rope_base
         self.embed = nn.Linear(dim, width, bias=False)
+        self.estimate_embed = nn.Linear(dim, width, bias=False) if self_conditioning else None
         self.level_embedding = LevelEmbedding(width)
         # The embedding of role `next` is zero by construction, which leaves a causal model untouched; this is role `own`.
         self.own_role = nn.Parameter(torch.zeros(width))
@@ -113,11 +116,18 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self._initialise()
 
+    @property
+    def self_conditioned(self) -> bool:
+        """Whether there is an input for an earlier estimate of the clean latents."""
+        return self.estimate_embed is not None
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.normal_(self.own_role, std=0.02)
+        if self.estimate_embed is not None:
+            nn.init.zeros_(self.estimate_embed.weight)
         for block in self.blocks:
             assert isinstance(block, Block)
             for branch in (block.attention.out, block.feed_forward.down):
@@ -130,6 +140,7 @@ class Transformer(nn.Module):
         *,
         mask: Mask | None = None,
         own: Tensor | None = None,
+        estimate: Tensor | None = None,
         cache: Cache | None = None,
         store: bool = False,
     ) -> Tensor:
@@ -138,11 +149,13 @@ class Transformer(nn.Module):
         Args:
             mask: who sees whom; None is `Causal()`.
             own: bool (N,) or (B, N), True where a position speaks of its own token, False where of the next; None is nowhere.
+            estimate: (B, N, D) what an earlier evaluation took the clean latents for (self-conditioning, Chen et al. 2022); None is nothing,
+                and nothing is taken of it where the level is 0.
             cache: keys and values of earlier positions, seen by these, which stand behind them.
             store: add the keys and values of these positions to the cache.
 
         Raises:
-            ValueError: if the tokens reach past the last position.
+            ValueError: if the tokens reach past the last position, or for an estimate that this network has no input for.
         """
         count, device = latents.shape[1], latents.device
         past = cache.length if cache is not None else 0
@@ -160,6 +173,12 @@ class Transformer(nn.Module):
         x = self.embed(latents.to(self.embed.weight.dtype)).to(self.norm.weight.dtype) + self.level_embedding(level)
         if own is not None:
             x = x + own.unsqueeze(-1) * self.own_role
+        if estimate is not None:
+            if self.estimate_embed is None:
+                raise ValueError("this Transformer takes no estimate; build it with self_conditioning=True")
+            # A realised token is known; nothing is estimated of it.
+            estimate = torch.where((level > 0).unsqueeze(-1), estimate, 0.0).to(self.estimate_embed.weight.dtype)
+            x = x + self.estimate_embed(estimate)
         angles = rotary_angles(as_positions(queries, device), self.head_dim, self.rope_base, level.dtype).unsqueeze(1)
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer, block in enumerate(self.blocks):
