@@ -1,4 +1,4 @@
-"""Masks by their definition, the cache (M-1), and the backbone's promises."""
+"""Attention, its cache (M-1), and the backbone's promises."""
 
 from __future__ import annotations
 
@@ -7,57 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evo.core import Cache, Causal, Transformer, Window
-from evo.core.attention import Attention, rotary_angles, rotate
-from evo.core.masks import as_positions, lower
+from evo.core import Cache, Causal, Pattern, Sdpa, Transformer, Window
+from evo.core.attention import Attention
+from evo.core.backends import Attend
+from evo.core.rotary import Rotary, RotaryTable, rotate
 from tests.conftest import generator, random_model
 
 MODEL = random_model()
 BACKBONE, D = MODEL.backbone, MODEL.latent_space.dim
-CPU = torch.device("cpu")
 
 
 def inputs(seed: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     draws = generator(seed)
     latents = torch.randn(batch, length, D, generator=draws, dtype=torch.float64)
     return latents, torch.rand(batch, length, generator=draws, dtype=torch.float64)
-
-
-@given(
-    prompt=st.integers(0, 6),
-    start=st.integers(0, 6),
-    count=st.integers(1, 6),
-    length=st.one_of(st.none(), st.integers(1, 12)),
-)
-def test_masks_lower_to_their_definition(prompt, start, count, length):
-    keys = start + count
-    for mask in (Causal(), Window(prompt, length)):
-        queries = range(start, keys)
-        lowered = lower(mask, queries, range(keys), CPU)
-        if lowered.causal:
-            found = torch.ones(count, keys, dtype=torch.bool).tril()
-        elif lowered.matrix is None:
-            found = torch.ones(count, keys, dtype=torch.bool)
-        else:
-            found = lowered.matrix[0, 0]
-        for row, q in enumerate(queries):
-            for k in range(keys):
-                in_window = isinstance(mask, Window) and q >= prompt and k >= prompt
-                expected = k <= q or in_window
-                if isinstance(mask, Window) and length is not None:
-                    expected = expected and k < length
-                assert bool(found[row, k]) == (expected or q == k)
-
-
-def test_windows_may_differ_between_sequences():
-    mask = Window(torch.tensor([1, 3]), torch.tensor([5, 4]))
-    matrix = lower(mask, range(5), range(5), CPU).matrix
-    for row, (prompt, length) in enumerate([(1, 5), (3, 4)]):
-        alone = mask.__class__(prompt, length)
-        expected = alone.allowed(as_positions(range(5), CPU), as_positions(range(5), CPU))[0] | torch.eye(
-            5, dtype=torch.bool
-        )
-        assert torch.equal(matrix[row, 0], expected)
 
 
 @given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -106,16 +69,14 @@ def test_m_1_a_window_behind_a_cached_prompt_is_the_window_in_one_pass(seed, pro
     assert cache.length == prompt
 
 
-def test_a_cropped_cache_forgets():
+def test_a_rewound_cache_forgets():
     latents, level = inputs(0, 1, 6)
     cache = Cache(1)
     with torch.no_grad():
         BACKBONE(latents, level, cache=cache, store=True)
-        cache.crop(3)
+        cache.rewind(3)
         again = BACKBONE(latents[:, 3:], level[:, 3:], cache=cache, store=True)
     torch.testing.assert_close(again, BACKBONE(latents, level)[:, 3:], rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="cannot crop a cache of 6 slots to 7"):
-        cache.crop(7)
 
 
 @given(seed=st.integers(0, 10**6), position=st.integers(0, 7))
@@ -151,11 +112,12 @@ def test_narrow_weights_leave_positions_and_levels_distinct():
 
 @given(shift=st.integers(1, 20))
 def test_rotary_embedding_is_relative(shift):
-    angles = rotary_angles(torch.arange(64), 8, 10_000.0, torch.float64)
+    table = RotaryTable(Rotary(), 8)
     q, k = torch.randn(2, 8, generator=generator(shift), dtype=torch.float64)
 
     def turned(x, position):
-        return rotate(x, (angles[position].cos(), angles[position].sin()))
+        rotation = table(torch.tensor([[position]]), torch.float64, torch.float64)
+        return rotate(x.view(1, 1, 1, 8), rotation).flatten()
 
     near, far = turned(q, 7) @ turned(k, 3), turned(q, 7 + shift) @ turned(k, 3 + shift)
     torch.testing.assert_close(near, far, rtol=0, atol=1e-12)
@@ -170,10 +132,10 @@ def test_grouped_heads_are_repeated_heads():
         weight = getattr(grouped, name).weight.detach().view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
         getattr(full, name).weight.data.copy_(weight)
     x = torch.randn(2, 5, 32, generator=generator(), dtype=torch.float64)
-    angles = rotary_angles(torch.arange(5), 8, 10_000.0, torch.float64)
-    rotation = (angles.cos(), angles.sin())
-    mask = lower(Causal(), range(5), range(5), CPU)
-    torch.testing.assert_close(grouped(x, rotation, mask), full(x, rotation, mask), rtol=0, atol=1e-12)
+    rotation = RotaryTable(Rotary(), 8)(torch.arange(5).unsqueeze(0), torch.float64, torch.float64)
+    pattern = Pattern(mask=Causal(), queries=0, count=5, keys=5, batch=2, device=torch.device("cpu"))
+    attend = Attend(Sdpa(), pattern)
+    torch.testing.assert_close(grouped(x, rotation, attend), full(x, rotation, attend), rtol=0, atol=1e-12)
 
 
 def test_sizes_that_cannot_be_are_refused():
@@ -181,8 +143,6 @@ def test_sizes_that_cannot_be_are_refused():
         Attention(30, 4)
     with pytest.raises(ValueError, match="kv_heads 3"):
         Attention(32, 4, 3)
-    with pytest.raises(ValueError, match="at least one slot"):
-        Cache(0)
     backbone = Transformer(4, 16, 1, 2, positions=5)
-    with pytest.raises(ValueError, match=r"6 positions .* do not fit this model's 5"):
+    with pytest.raises(ValueError, match=r"6 positions do not fit this model's 5"):
         backbone(torch.zeros(1, 6, 4), torch.zeros(1, 6))

@@ -16,7 +16,7 @@ from evo import Objective
 from evo.core import Exploration
 from evo.core.contract import as_batch
 from evo.core.levels import random_levels, usage_entropy, with_logistic_noise
-from evo.core.objective import Sketch, clock_values
+from evo.core.bound import Sketch, clock_values
 from evo.schedules import Path, early_stop, full, late_start
 from evo.schedules.config import KNOWN
 from tests.conftest import generator, random_model
@@ -66,7 +66,7 @@ def test_sequences_of_different_shapes_do_not_meet(seed):
     noise = torch.randn(*tokens.shape, D, generator=generator(seed), dtype=torch.float64)
     clock = levels_of(seed + 1, (3,))
     together = Sketch(MODEL, batch, levels, noise)
-    logits = together.flow_bits(early_stop, clock, generator(seed))[1].log_probs
+    logits = together.flow_bits(early_stop, clock, generator(seed)).denoised.log_probs
     fresh = torch.randn(noise.shape, generator=generator(seed), dtype=torch.float64)
     for row in range(3):
         here = slice(row, row + 1)
@@ -79,9 +79,9 @@ def test_sequences_of_different_shapes_do_not_meet(seed):
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "evo.core.objective.standard_normal", lambda *_, row=row, size=size: fresh[row : row + 1, :size]
+                "evo.core.bound.standard_normal", lambda *_, row=row, size=size: fresh[row : row + 1, :size]
             )
-            expected = alone.flow_bits(early_stop, clock[here], None)[1].log_probs
+            expected = alone.flow_bits(early_stop, clock[here], None).denoised.log_probs
         torch.testing.assert_close(
             logits[here, int(prompt[row]) : size], expected[:, int(prompt[row]) :], rtol=0, atol=1e-10
         )
@@ -144,7 +144,7 @@ def test_the_auxiliary_term_is_shared_by_level_between_the_halves_and_over_what_
     draws = generator(seed)
     noise = torch.randn(*tokens.shape, D, generator=draws, dtype=torch.float64)
     sketch = Sketch(model, as_batch(model, tokens), levels, noise)
-    refined = sketch.flow_bits(early_stop, clock_values(3, noise, draws), draws)[1].log_probs
+    refined = sketch.flow_bits(early_stop, clock_values(3, noise, draws), draws).denoised.log_probs
     halves = [
         F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")[mask].mean()
         for logits in (sketch.context_logits, refined)
@@ -193,8 +193,8 @@ def test_the_gradient_of_the_flow_in_a_level_is_its_slope(path, level):
     def flow(t):
         levels = torch.full(tokens.shape, 0.0, dtype=torch.float64) + t
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("evo.core.objective.standard_normal", lambda *_: noise.flip(0))
-            return Sketch(MODEL, batch, levels, noise).flow_bits(path, clock, None)[0][:, 2]
+            patch.setattr("evo.core.bound.standard_normal", lambda *_: noise.flip(0))
+            return Sketch(MODEL, batch, levels, noise).flow_bits(path, clock, None).bits[:, 2]
 
     t = torch.tensor(level, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(flow(t).mean(), t)

@@ -164,7 +164,6 @@ def edited(path, **entries):
         ({"config": {"width": 4}}, "needs .*vocab_size"),
         ({"config": {"vocab_size": 4, "wide": 4}}, "unknown entries .*wide"),
         ({"weights": "../model.safetensors"}, "a file beside it"),
-        ({"weights": "model-000000000000.safetensors"}, "which is not there"),
         ({"sha256": 3}, "sha256=3"),
         ({"format": 99}, "format 1"),
         ({"schedule": {"name": "nonesuch"}}, "nonesuch"),
@@ -176,9 +175,15 @@ def test_a_config_that_is_wrong_is_an_error(copy, entries, said):
         Evo.from_pretrained(copy)
 
 
+def test_weights_that_are_not_there_are_an_error(copy):
+    weights_of(copy).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-\w+\.safetensors is not there: copy the directory whole"):
+        Evo.from_pretrained(copy)
+
+
 def test_a_config_edited_by_hand_is_an_error(copy):
     file = copy / "config.json"
-    file.write_text(file.read_text().replace('"rope_base": 10000.0', '"rope_base": 10001.0'))
+    file.write_text(file.read_text().replace('"base": 10000.0', '"base": 10001.0'))
     with pytest.raises(ValueError, match=r"was altered.*load_weights"):
         Evo.from_pretrained(copy)
 
@@ -196,7 +201,7 @@ def test_weights_of_another_shape_are_an_error_even_if_vouched_for(copy):
     state["surplus"] = torch.zeros(1)
     save_file(state, weights_of(copy))
     edited(copy, sha256=sha256(weights_of(copy)))
-    with pytest.raises(ValueError, match=r"surplus \['surplus'\].*bos \(3,\) instead of \(8,\)"):
+    with pytest.raises(ValueError, match=r"surplus \['surplus'\].*bos \(3,\) torch.float64 instead of \(8,\)"):
         Evo.from_pretrained(copy)
 
 

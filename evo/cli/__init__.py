@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from evo._version import __version__
-from evo.solvers import SolverError
 
 _COMMANDS = {
     "train": "train a model on a file or folder of text",
@@ -41,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("evo", "the command line needs tyro: pip install 'evo-lm[train]'")
     command = importlib.import_module(f"evo.cli.{name}")
     options = tyro.cli(command.Options, prog=f"evo {name}", args=rest)
+    from evo.solvers import SolverError  # imports torch, which help and mistakes in the options need not wait for
+
     try:
         command.run(options)
     except KeyboardInterrupt:

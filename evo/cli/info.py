@@ -2,72 +2,52 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
+import json as json_module
 from dataclasses import dataclass
-
-import torch
-
-from evo._version import __version__
-from evo.core import PRESETS, Evo
-from evo.text import ByteTokenizer
-from evo.training.precision import multiplies_bf16, pick_device
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Sizes and parameter counts of the presets, versions, and what this machine offers."""
+    """Sizes and parameter counts of the presets, versions, and what this machine offers; or, with --preset, a training run on paper."""
 
     vocab_size: int = 65536
-    """Vocabulary of the second count; the first is of byte-level models."""
+    """Vocabulary of the run, and of the second count of parameters; the first is of byte-level models."""
+    preset: str | None = None
+    """Plan a run of this size instead: memory, operations and time by arithmetic alone."""
+    gpus: int = 1
+    """GPUs of the run, over which weights, gradients, moments and average are sharded."""
+    gpu_memory: float = 80.0
+    """Memory of each, in GiB."""
+    usable: float = 0.9
+    """Share of that memory that can be filled; the rest is the allocator's and the network library's."""
+    peak_tflops: float = 312.0
+    """Operations of each in its precision, in 10^12 a second (312: A100, bf16)."""
+    utilisation: float = 0.4
+    """Share of the peak that is reached; recomputation counts as work, waiting for others does not."""
+    precision: Literal["mixed", "autocast", "fp32"] = "mixed"
+    """mixed gathers weights in bf16 and computes in it (FSDP); autocast casts at every product; state is fp32 in all of them."""
+    checkpointing: bool = True
+    """Compute blocks once more on the way back instead of keeping what is inside them."""
+    length: int | None = None
+    """Tokens of a sequence; by default the context."""
+    micro_batch: int | None = None
+    """Sequences a GPU computes at once; by default as many as fit."""
+    accumulate: int = 1
+    """Micro-batches to a step."""
+    tokens: float = 1e12
+    """Tokens to train on."""
+    json: bool = False
+    """Print JSON instead of tables."""
 
 
 def run(options: Options) -> None:
-    """Print three short tables."""
-    print("versions")
-    for name, version in _versions().items():
-        print(f"  {name:<14}{version}")
-    print("\nmachine")
-    for name, value in _machine().items():
-        print(f"  {name:<14}{value}")
-    columns = f"{'width':>7}{'depth':>7}{'heads':>7}{'latent':>8}{'context':>9}"
-    print(f"\n{'preset':<8}{columns}{'bytes':>11}{f'V = {options.vocab_size}':>13}   parameters")
-    for name in PRESETS:
-        print(f"{name:<8}{_size(name, options.vocab_size)}")
+    """Print what is known, or what a run would take."""
+    # What follows needs torch; the help does not.
+    from evo.cli import info_machine, info_run
 
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchdiffeq", "safetensors")
-    return {"evo": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
-
-
-def _machine() -> dict[str, str]:
-    device = pick_device("auto")
-    accelerator = "none" if device.type == "cpu" else str(device)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        accelerator = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return {
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}",
-        "accelerator": accelerator,
-        "precision": "bf16 autocast" if multiplies_bf16(device) else "fp32 (bf16 products would not be faster)",
-        "xformers": "installed" if importlib.util.find_spec("xformers") else "not installed",
-    }
-
-
-def _size(name: str, vocab_size: int) -> str:
-    # On the meta device a model has shapes and no numbers: 13 B parameters cost no memory.
-    with torch.device("meta"):
-        small, large = (Evo.from_preset(name, vocab_size=v) for v in (ByteTokenizer.vocab_size, vocab_size))
-    backbone, heads = small.backbone, PRESETS[name]["heads"]
-    counts = [_readable(sum(p.numel() for p in model.parameters())) for model in (small, large)]
-    columns = f"{backbone.width:>7}{PRESETS[name]['depth']:>7}{heads:>7}{small.latent_space.dim:>8}{small.context:>9}"
-    return f"{columns}{counts[0]:>11}{counts[1]:>13}"
-
-
-def _readable(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+    if options.preset is None:
+        found, shown = info_machine.facts(options.vocab_size), info_machine.table
+    else:
+        found, shown = info_run.facts(options), info_run.table
+    print(json_module.dumps(found, indent=2) if options.json else shown(found))

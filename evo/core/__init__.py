@@ -1,37 +1,67 @@
 """The model: latent space, attention and masks, Transformer, denoiser and vector field, objective, Evo, generation."""
 
 from evo.core.attention import Attention
+from evo.core.backends import Auto, Backend, Call, Flex, Sdpa, Xformers, auto, explain
 from evo.core.cache import Cache
+from evo.core.clock import ClockDensity
 from evo.core.config import PRESETS, EvoConfig
 from evo.core.denoiser import Denoised, Denoiser, VectorField
 from evo.core.evaluation import Evaluation, evaluate
+from evo.core.extremes import Extremes
 from evo.core.generation import Generation, Steps
-from evo.core.latent_space import LatentSpace
+from evo.core.latent_space import Embeddings, LatentSpace
+from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU
 from evo.core.levels import Exploration
-from evo.core.masks import Causal, Mask, Window
+from evo.core.masks import BlockCausal, Causal, Document, Mask, Window
 from evo.core.model import Evo
 from evo.core.objective import Objective, Output
+from evo.core.pattern import Pattern
+from evo.core.pretrained import PretrainedVocabulary
+from evo.core.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 from evo.core.transformer import Transformer
 
 __all__ = [
+    "GELU",
     "PRESETS",
     "Attention",
+    "Auto",
+    "Backend",
+    "BlockCausal",
     "Cache",
+    "Call",
     "Causal",
+    "ClockDensity",
     "Denoised",
     "Denoiser",
+    "Document",
+    "Embeddings",
     "Evaluation",
     "Evo",
     "EvoConfig",
     "Exploration",
+    "Extremes",
+    "Flex",
     "Generation",
     "LatentSpace",
+    "LayerNorm",
+    "LinearScaling",
+    "Llama3Scaling",
     "Mask",
     "Objective",
     "Output",
+    "Pattern",
+    "PretrainedVocabulary",
+    "RMSNorm",
+    "Rotary",
+    "Sdpa",
     "Steps",
+    "SwiGLU",
     "Transformer",
     "VectorField",
     "Window",
+    "Xformers",
+    "YarnScaling",
+    "auto",
     "evaluate",
+    "explain",
 ]

@@ -1,6 +1,6 @@
 """Keys and values that have been computed and will not change.
 
-B batch, H key/value heads, S slots, C head dimension.
+B batch, H key/value heads, S slots, n new tokens, C head dimension.
 """
 
 from __future__ import annotations
@@ -10,68 +10,159 @@ from torch import Tensor
 
 
 class Cache:
-    """One growing pair of tensors (B, H, S, C) a layer.
+    """Keys and values of a batch of sequences: in every layer, slot s of a sequence holds the token at position s.
 
-    Slots are filled from the left by `store`; `positions` says where in its sequence each slot stands, for batches whose
-    sequences begin in different slots (padding on the left has negative positions). Storage is allocated once at `capacity`
-    and doubled when that is not enough. What is stored carries no gradient.
+    Sequences may have different lengths: what lies in a slot behind the end of a sequence is nobody's. Storage, (B, S, H, C) a layer, is
+    allocated once at `capacity` and doubled when that is not enough. What is stored carries no gradient.
 
     Args:
         capacity: slots to allocate at first.
-        positions: (B, n) positions of the slots stored first, or None where every sequence begins in slot 0. Later slots
-            continue from the last of them.
+        limit: slots that will never be exceeded; None is no limit.
     """
 
-    def __init__(self, capacity: int, positions: Tensor | None = None) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; a cache needs at least one slot")
-        self.capacity, self.length = capacity, 0
-        self._first = None if positions is None else positions[:, :1]
+    def __init__(self, capacity: int, limit: int | None = None) -> None:
+        if capacity < 1 or (limit is not None and limit < capacity):
+            raise ValueError(
+                f"capacity is {capacity}, limit {limit}; a cache needs at least one slot, and a limit no lower than its capacity"
+            )
+        self.capacity, self.limit = capacity, limit
+        self.length = 0
+        # How many tokens each sequence is shorter than the longest, on the device and on the host; None where all are alike.
+        self._behind: Tensor | None = None
+        self._behind_host: tuple[int, ...] | None = None
         self._layers: list[tuple[Tensor, Tensor]] = []
 
-    def positions(self, start: int, stop: int) -> Tensor | range:
-        """Positions of slots start..stop-1: a range where all sequences agree, else (B, stop - start)."""
-        if self._first is None:
-            return range(start, stop)
-        return self._first + torch.arange(start, stop, device=self._first.device)
+    @property
+    def lengths(self) -> int | Tensor:
+        """Tokens stored of each sequence: int where all agree, else (B,). `length` is that of the longest."""
+        return self.length if self._behind is None else self.length - self._behind
+
+    def positions(self, count: int) -> int | Tensor:
+        """Where the next `count` tokens stand: the first position, int, where all sequences agree, else (B, count)."""
+        if self._behind is None:
+            return self.length
+        return (self.length - self._behind)[:, None] + torch.arange(count, device=self._behind.device)
+
+    def ends(self, count: int) -> tuple[int, ...] | None:
+        """The length each sequence will have with `count` more tokens, on the host; None where all agree."""
+        if self._behind_host is None:
+            return None
+        return tuple(self.length + count - behind for behind in self._behind_host)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values stored so far, each (B, H, length, C): views, not copies."""
+        """Keys and values up to the end of the longest sequence, each (B, H, length, C): views, not copies."""
         keys, values = self._layers[layer]
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        return keys[:, : self.length].transpose(1, 2), values[:, : self.length].transpose(1, 2)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values (B, H, n, C) behind the stored ones and return all of them.
+    def write(self, layer: int, keys: Tensor, values: Tensor, at: int | Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Put keys and values (B, H, n, C) in their slots, and return those of the first `slots` slots, each (B, H, slots, C).
 
-        They count as stored once `advance` has been called, after the last layer.
+        They are overwritten by what comes next, unless `advance` counts them as stored after the last layer.
+
+        Args:
+            at: the first slot, or a slot for each, (B, n), as `positions` says.
+            slots: how many there are with the new ones.
+
+        Raises:
+            ValueError: for more slots than the limit.
         """
-        stop = self.length + keys.shape[2]
-        self._reserve(layer, stop, keys)
-        stored_keys, stored_values = self._layers[layer]
-        stored_keys[:, :, self.length : stop] = keys.detach()
-        stored_values[:, :, self.length : stop] = values.detach()
-        return stored_keys[:, :, :stop], stored_values[:, :, :stop]
+        stored_keys, stored_values = self._storage(layer, slots, keys, values)
+        _put(stored_keys, keys.detach().transpose(1, 2), at)
+        _put(stored_values, values.detach().transpose(1, 2), at)
+        return stored_keys[:, :slots].transpose(1, 2), stored_values[:, :slots].transpose(1, 2)
+
+    def join(self, layer: int, keys: Tensor, values: Tensor, at: int | Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """What `write` returns, as a copy that carries the gradient of the new keys and values; the cache stays as it is."""
+        if not self._layers:
+            return keys, values
+        past_keys, past_values = self.read(layer)
+        return _joined(past_keys, keys, at, slots), _joined(past_values, values, at, slots)
 
     def advance(self, count: int) -> None:
-        """Count the slots that every layer has just written as stored."""
+        """Count the `count` tokens that every layer has just written as stored."""
         self.length += count
 
-    def crop(self, length: int) -> None:
-        """Forget all but the first `length` slots."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot crop a cache of {self.length} slots to {length}")
-        self.length = length
+    def rewind(self, count: int | Tensor) -> None:
+        """Forget the last `count` tokens of every sequence, or the last count[b] of each: int64 (B,).
 
-    def _reserve(self, layer: int, slots: int, like: Tensor) -> None:
-        while self.capacity < slots:
-            self.capacity *= 2
+        The host must know lengths, to allocate and to choose kernels: a tensor is waited for, once.
+
+        Raises:
+            ValueError: if a sequence has fewer.
+        """
+        if isinstance(count, int):
+            shortest = self.length - max(self._behind_host or (0,))
+            if not 0 <= count <= shortest:
+                raise ValueError(f"cannot take back {count} tokens of a cache whose shortest sequence has {shortest}")
+            self.length -= count
+            return
+        taken = count.tolist()
+        behind = self._behind_host or (0,) * len(taken)
+        lengths = [self.length - late - less for late, less in zip(behind, taken, strict=True)]
+        if min(taken) < 0 or min(lengths) < 0:
+            raise ValueError(
+                f"cannot take back {taken} tokens of a cache whose sequences have {[self.length - late for late in behind]}"
+            )
+        self._settle(lengths, self._layers[0][0].device if self._layers else count.device)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences of the batch, in this order (a sequence may be kept twice): int64 (R,), R at least 1."""
+        for layer, pair in enumerate(self._layers):
+            keys, values = (_rows(x, rows, self.length, self.capacity) for x in pair)
+            self._layers[layer] = keys, values
+        if self._behind_host is not None:
+            lengths = [self.length - self._behind_host[row] for row in rows.tolist()]
+            self._settle(lengths, rows.device)
+
+    def _settle(self, lengths: list[int], device: torch.device) -> None:
+        self.length = max(lengths)
+        behind = tuple(self.length - length for length in lengths)
+        if any(behind):
+            self._behind, self._behind_host = torch.tensor(behind, device=device), behind
+        else:
+            self._behind = self._behind_host = None
+
+    def _storage(self, layer: int, slots: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if slots > self.capacity:
+            if self.limit is not None and slots > self.limit:
+                raise ValueError(f"{slots} slots are needed, and this cache is limited to {self.limit}")
+            grown = max(slots, 2 * self.capacity)
+            self.capacity = grown if self.limit is None else min(grown, self.limit)
         if layer == len(self._layers):
-            shape = (*like.shape[:2], self.capacity, like.shape[3])
-            self._layers.append((like.new_empty(shape), like.new_empty(shape)))
-        elif self._layers[layer][0].shape[2] < slots:
-            grown = []
-            for old in self._layers[layer]:
-                new = old.new_empty((*old.shape[:2], self.capacity, old.shape[3]))
-                new[:, :, : self.length] = old[:, :, : self.length]
-                grown.append(new)
-            self._layers[layer] = (grown[0], grown[1])
+            self._layers.append((_empty(keys, self.capacity), _empty(values, self.capacity)))
+        elif self._layers[layer][0].shape[1] < slots:
+            grown_keys, grown_values = (_grown(x, self.length, self.capacity) for x in self._layers[layer])
+            self._layers[layer] = grown_keys, grown_values
+        return self._layers[layer]
+
+
+def _empty(like: Tensor, slots: int) -> Tensor:
+    """Storage (B, S, H, C) for (B, H, n, C). Zeros, because what no sequence owns is weighted with zero, and 0·NaN is NaN."""
+    batch, heads, _, dim = like.shape
+    return like.new_zeros(batch, slots, heads, dim)
+
+
+def _grown(old: Tensor, length: int, slots: int) -> Tensor:
+    new = old.new_zeros(old.shape[0], slots, *old.shape[2:])
+    new[:, :length] = old[:, :length]
+    return new
+
+
+def _rows(old: Tensor, rows: Tensor, length: int, slots: int) -> Tensor:
+    new = old.new_zeros(len(rows), slots, *old.shape[2:])
+    new[:, :length] = old[rows, :length]
+    return new
+
+
+def _put(storage: Tensor, new: Tensor, at: int | Tensor) -> None:
+    if isinstance(at, Tensor):
+        storage.scatter_(1, at[:, :, None, None].expand_as(new), new)
+    else:
+        storage[:, at : at + new.shape[1]] = new
+
+
+def _joined(past: Tensor, new: Tensor, at: int | Tensor, slots: int) -> Tensor:
+    if isinstance(at, int):
+        return torch.cat([past[:, :, :at], new], 2)
+    room = torch.cat([past, past.new_zeros(*past.shape[:2], slots - past.shape[2], past.shape[3])], 2)
+    return room.scatter(2, at[:, None, :, None].expand_as(new), new)

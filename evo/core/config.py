@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from evo.core import parts
+from evo.core.bos import bos_slots
 from evo.core.latent_space import LatentSpace
+from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU
+from evo.core.pretrained import PretrainedVocabulary
+from evo.core.rotary import Rotary
 from evo.core.transformer import Transformer
-from evo.heads import TimestepHead
+from evo.heads import Readout, TimestepHead
 from evo.schedules import from_config
 
 if TYPE_CHECKING:
@@ -21,14 +26,23 @@ class EvoConfig:
 
     Args:
         vocab_size: V.
-        width: W, of the hidden states; a multiple of heads.
+        width: W, of the hidden states.
         depth: number of blocks.
         heads, kv_heads: query heads, and key/value heads (None: as many).
-        latent_dim: D; None is width / 2.
+        head_dim: of each head; None is width / heads, which must then be whole.
+        latent_dim: D; None is width / 2, or what a pretrained vocabulary has.
         hidden: width of the feed-forward layers; None is 8/3 of the width, rounded up to a multiple of 64.
         context: the longest sequence, in tokens (BOS not counted).
         dropout: on both residual branches.
-        rope_base: base of the rotary frequencies.
+        attention_dropout: of attention weights.
+        norm, feed_forward: the kinds of these layers.
+        rotary: frequencies of rotary positions; None is a learned embedding of each position.
+        qkv_bias, out_bias: whether those maps of attention have one.
+        qk_norm: whether the heads of queries and keys are normalised.
+        bos: "attended" is a learned latent before the first token; "detached", for models that were pretrained without one, is
+            a learned hidden state that speaks of the first token and that no token sees.
+        pretrained: how a pretrained vocabulary is held; None is a vocabulary of our own, on a sphere.
+        readout_bias: whether context logits have a bias for every entry of a vocabulary of our own.
         radius: of the latent space; None is sqrt(2 ln V).
         schedule: the noise schedule, as its `config()` describes it.
         self_conditioning: let refinement see its own earlier estimate of the clean latents.
@@ -39,48 +53,79 @@ class EvoConfig:
     depth: int
     heads: int
     kv_heads: int | None = None
+    head_dim: int | None = None
     latent_dim: int | None = None
     hidden: int | None = None
     context: int = 4096
     dropout: float = 0.1
-    rope_base: float = 10_000.0
+    attention_dropout: float = 0.0
+    norm: RMSNorm | LayerNorm = RMSNorm()
+    feed_forward: SwiGLU | GELU = SwiGLU()
+    rotary: Rotary | None = Rotary()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    bos: str = "attended"
+    pretrained: PretrainedVocabulary | None = None
+    readout_bias: bool = True
     radius: float | None = None
     schedule: Mapping[str, Any] = field(default_factory=lambda: {"name": "cosine"})
     self_conditioning: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1 or not 0 < self.rope_base < float("inf"):
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.pretrained is not None and (self.latent_dim, self.radius) != (None, None):
             raise ValueError(
-                f"dropout {self.dropout}, rope_base {self.rope_base}: needed dropout in [0, 1), rope_base above 0"
+                f"latent_dim {self.latent_dim}, radius {self.radius}: a pretrained vocabulary has its own; leave both unset"
             )
 
     def build(self) -> Evo:
         """A model of this size with fresh weights."""
         from evo.core.model import Evo
 
-        dim = self.width // 2 if self.latent_dim is None else self.latent_dim
+        embed = readout = None
+        if self.pretrained is not None:
+            latent_space = self.pretrained.latent_space(self.vocab_size, self.width)
+            embed = self.pretrained.embed(self.width)
+            readout = self.pretrained.readout(self.vocab_size, self.width)
+        else:
+            dim = self.width // 2 if self.latent_dim is None else self.latent_dim
+            latent_space = LatentSpace(self.vocab_size, dim, self.radius)
+            readout = Readout(self.width, dim, self.vocab_size, bias=self.readout_bias)
         return Evo(
-            latent_space=LatentSpace(self.vocab_size, dim, self.radius),
+            latent_space=latent_space,
             backbone=Transformer(
-                dim,
+                latent_space.dim,
                 self.width,
                 self.depth,
                 self.heads,
                 kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
                 hidden=self.hidden,
-                positions=self.context + 1,
+                positions=self.context + bos_slots(self.bos),
                 dropout=self.dropout,
-                rope_base=self.rope_base,
+                attention_dropout=self.attention_dropout,
+                norm=self.norm,
+                feed_forward=self.feed_forward,
+                rotary=self.rotary,
+                qkv_bias=self.qkv_bias,
+                out_bias=self.out_bias,
+                qk_norm=self.qk_norm,
+                embed=embed,
                 self_conditioning=self.self_conditioning,
             ),
             schedule=from_config(self.schedule),
             timestep_head=TimestepHead(self.width),
+            readout=readout,
+            bos=self.bos,
             config=self,
         )
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `from_json` turns back into this."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return parts.to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EvoConfig:
@@ -89,33 +134,7 @@ class EvoConfig:
         Raises:
             ValueError: for an unknown, missing or wrongly typed entry, with its name.
         """
-        known = {entry.name: entry for entry in fields(cls)}
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise ValueError(f"unknown entries {unknown} in a model config; known are {sorted(known)}")
-        missing = sorted({"vocab_size", "width", "depth", "heads"} - set(data))
-        if missing:
-            raise ValueError(f"a model config needs {missing}, which are missing")
-        for name, value in data.items():
-            _check_type(name, value, str(known[name].type))
-        return cls(**data)
-
-
-def _check_type(name: str, value: object, declared: str) -> None:
-    if value is None and "None" in declared:
-        return
-    if declared.startswith("Mapping"):
-        fits = isinstance(value, Mapping)
-    elif declared.startswith("bool"):
-        fits = isinstance(value, bool)
-    elif declared.startswith("int"):
-        fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-    else:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits:
-        raise ValueError(
-            f"model config entry {name!r} is {value!r}; it should be {declared}, positive where it counts something"
-        )
+        return parts.from_json(cls, data, "a model config")
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evo.core.objective import Batch
+from evo.core.bound import Batch
 from evo.solvers import FixedStep, Solver, TorchDiffEq
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def looks(model: Evo) -> bool:
-    """Whether values of tensors are checked: always, but for training on an accelerator, where the host would wait for the device."""
+    """Whether values of tensors are checked: always, but where a compiler reads along, which must not ask for them, and in training on
+    an accelerator, where the host would wait for the device.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return not model.training or model.bos.device.type == "cpu"
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evo.core.latent_space import LatentSpace, evidence_query, evidence_table
+from evo.core.latent_space import Embeddings, evidence_query, evidence_table
 from evo.schedules import Schedule
 
 
@@ -42,10 +42,18 @@ class Denoiser:
 
     def __init__(self, embeddings: Tensor, schedule: Schedule) -> None:
         self.embeddings, self.schedule = embeddings, schedule
-        self.table = evidence_table(embeddings)
+        self._table: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """See `evidence_table`; who only sketches does not need it."""
+        # Not a `cached_property`: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+        if self._table is None:
+            self._table = evidence_table(self.embeddings)
+        return self._table
 
     @classmethod
-    def of(cls, latent_space: LatentSpace, schedule: Schedule) -> Denoiser:
+    def of(cls, latent_space: Embeddings, schedule: Schedule) -> Denoiser:
         """The denoiser of a latent space as it is now."""
         return cls(latent_space.weight, schedule)
 

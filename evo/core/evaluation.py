@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evo.core.contract import as_batch, as_levels
-from evo.core.objective import Batch, Output, Sketch, learned_levels, standard_normal
+from evo.core.contract import as_batch, as_levels, as_mask
+from evo.core.bound import Batch, Sketch, learned_levels, standard_normal
+from evo.core.objective import Output
 from evo.schedules import Path, early_stop
 
 if TYPE_CHECKING:
@@ -78,18 +79,18 @@ def measure(
 
     Each sequence has its clock values stratified over [0, 1] behind an offset of its own. Levels below `snap` become 0.
     """
-    noise = standard_normal((*batch.tokens.shape, model.latent_space.dim), model.latent_space.directions, generator)
+    noise = standard_normal((*batch.tokens.shape, model.latent_space.dim), model.bos, generator)
     if levels is None:
         levels = learned_levels(model, batch, noise, snap)
     levels = torch.where(levels < snap, 0.0, levels)
     sketch = Sketch(model, batch, levels, noise)
     bits, _ = sketch.bits()
     flow = reconstruction = torch.zeros_like(bits)
-    # Nothing is left to refine at level 0: one pass instead of several, and zeros that are exact.
-    if sketch.live.any():
-        offset = torch.rand(len(noise), generator=generator, device=noise.device, dtype=noise.dtype)
+    # Nothing is left to refine at level 0: one pass instead of several. (A compiled pass cannot look; the zeros are exact either way.)
+    if torch.compiler.is_compiling() or sketch.live.any():
+        offset = torch.empty(len(noise), device=noise.device, dtype=noise.dtype).uniform_(generator=generator)
         for index in range(clock_values):
-            flow = flow + sketch.flow_bits(path, (offset + index) / clock_values, generator)[0] / clock_values
+            flow = flow + sketch.flow_bits(path, (offset + index) / clock_values, generator).bits / clock_values
         reconstruction = sketch.reconstruction(generator, network=True)
     bound = bits + flow + reconstruction
     return Output(
@@ -107,6 +108,9 @@ def evaluate(
     tokens: Tensor | Iterable[Tensor],
     levels: float | Tensor | None = None,
     *,
+    prompt_length: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    loss_mask: Tensor | None = None,
     path: Path = early_stop,
     clock_values: int = 8,
     snap: float = 0.0,
@@ -120,7 +124,10 @@ def evaluate(
     Args:
         model: dropout is off for the duration, whatever mode it is in.
         tokens: ids (S, N), cut into batches of `batch_size`, or an iterable of (B, N) batches.
-        levels: a float or, with (S, N) tokens, a tensor (S, N); None is the levels that the head chooses, position by position.
+        levels: a float or a tensor (S, N); None is the levels that the head chooses, position by position.
+        prompt_length: leading tokens that are prompt, int or (S,); they have level 0 and see no later token.
+        lengths: (S,) tokens present in each right-padded sequence; None is all.
+        loss_mask: bool (S, N), what is scored; None is everything present.
         path: how levels fall on the clock.
         clock_values: per sequence. The bound is unbiased with any number; more make it more precise.
         snap: levels below this count as 0; generation with K steps snaps below 1/K.
@@ -130,12 +137,16 @@ def evaluate(
         description: of the bar.
 
     Raises:
-        ValueError: for no sequences, a level tensor of another shape, or fewer than one clock value.
+        ValueError: for no sequences, nothing scored, fewer than one clock value, or a tensor beside `tokens` that does not
+            have a row for each sequence; tensors (S, ...) need tokens given as one tensor too.
     """
     if clock_values < 1:
         raise ValueError(f"clock_values is {clock_values}; at least one value of the clock is needed")
-    if isinstance(levels, Tensor) and not (isinstance(tokens, Tensor) and levels.shape == tokens.shape):
-        raise ValueError("levels given as a tensor need tokens given as a tensor of the same shape (S, N)")
+    beside = {"levels": levels, "prompt_length": prompt_length, "lengths": lengths, "loss_mask": loss_mask}
+    for name, value in beside.items():
+        if isinstance(value, Tensor) and not (isinstance(tokens, Tensor) and len(value) == len(tokens)):
+            raise ValueError(f"{name} given as a tensor needs tokens given as a tensor with as many sequences")
+
     batches = tokens.split(batch_size) if isinstance(tokens, Tensor) else tokens
     total = math.ceil(len(tokens) / batch_size) if isinstance(tokens, Tensor) else None
     sums, counts, parts, level_sum = [], [], torch.zeros(3, dtype=torch.float64), 0.0
@@ -144,19 +155,25 @@ def evaluate(
             batches, total=total, desc=description, unit="batch", disable=None if progress else True, leave=False
         )
         for index, chunk in enumerate(bar):
-            given = levels.split(batch_size)[index] if isinstance(levels, Tensor) else levels
-            batch = as_batch(model, chunk)
-            chosen = as_levels(given, batch, model.latent_space.directions)
-            out = measure(model, batch, batch.present, chosen, path, generator, clock_values, snap)
-            sums.append(out.bound.double().sum(1).cpu())
-            counts.append(torch.full((len(chunk),), chunk.shape[1], dtype=torch.float64))
-            bits = torch.stack([out.sketch_bits, out.flow_bits, out.reconstruction])
+            rows = {
+                name: value.split(batch_size)[index] if isinstance(value, Tensor) else value
+                for name, value in beside.items()
+            }
+            batch = as_batch(model, chunk, rows["prompt_length"], rows["lengths"])
+            scored = as_mask(rows["loss_mask"], batch)
+            chosen = as_levels(rows["levels"], batch, model.bos)
+            out = measure(model, batch, scored, chosen, path, generator, clock_values, snap)
+            sums.append((out.bound * scored).double().sum(1).cpu())
+            counts.append(scored.double().sum(1).cpu())
+            bits = torch.stack([out.sketch_bits, out.flow_bits, out.reconstruction]) * scored
             parts += bits.double().sum((1, 2)).cpu()
-            level_sum += out.levels.double().sum().item()
+            level_sum += (out.levels * scored).double().sum().item()
     if not sums:
         raise ValueError("there are no sequences to evaluate: give at least one")
     per_sequence, tokens_each = torch.cat(sums), torch.cat(counts)
     count = tokens_each.sum()
+    if not count:
+        raise ValueError("loss_mask scores no token at all: let it be True somewhere")
     nats = per_sequence.sum() / count
     # The ratio estimator's error: residuals of each sequence from what its length would predict.
     residual = per_sequence - nats * tokens_each

@@ -16,7 +16,7 @@ from torch import Tensor
 from evo.core.cache import Cache
 from evo.core.denoiser import Denoised, Denoiser, VectorField
 from evo.core.masks import Causal, Window
-from evo.core.objective import standard_normal
+from evo.core.bound import standard_normal
 from evo.heads import Decoder
 from evo.schedules import Path, step_counts
 from evo.solvers import FixedStep, Solver, integrate
@@ -77,30 +77,35 @@ class Request:
 class Prompted:
     """A model that has read something and can go on: the state between two windows.
 
-    `cache` holds BOS and every token so far, clean; `hidden` (B, 1, W) is the state that speaks of the next token.
+    `cache` holds BOS (if it is attended) and every token so far, clean; `hidden` (B, 1, W) is the state that speaks of the next token.
     """
 
     def __init__(self, model: Evo, prompt: Tensor, lengths: Tensor | None, room: int) -> None:
         self.model = model
         self.denoiser = Denoiser.of(model.latent_space, model.schedule)
         size = prompt.shape[1]
-        latents = model.behind_bos(self.denoiser.embeddings[prompt])
-        positions = None
-        if lengths is not None and bool((lengths != size).any()):
-            # Right-padded prompts are moved to the right, so that all of them end in the same slot: shift by the padding of each.
-            slots = torch.arange(size + 1, device=prompt.device)
-            positions = slots - (size - lengths)[:, None]
-            source = positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, latents.shape[-1])
-            latents = latents.gather(1, source)
-        self.cache = Cache(size + 1 + room, positions)
+        latents = self.denoiser.embeddings[prompt]
+        latents, level = model.behind_bos(latents, torch.zeros_like(latents[..., 0]))
+        self.cache = Cache(max(1, latents.shape[1] + room))
         self.noise_dtype = torch.promote_types(latents.dtype, torch.float32)
-        self.hidden = self._read(latents, torch.zeros_like(latents[..., 0]))
+        if not latents.shape[1]:
+            self.hidden = model.first_hidden(len(prompt))
+            return
+        hidden = self._read(latents, level)
+        self.hidden = hidden[:, -1:]
+        if lengths is not None and bool((lengths != size).any()):
+            # What was read of the padding is taken back; nothing before it saw it.
+            self.cache.rewind(size - lengths)
+            last = model.bos_slots + lengths - 1
+            self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last.clamp(min=0)].unsqueeze(1)
+            if not model.bos_slots:
+                empty = (lengths == 0)[:, None, None]
+                self.hidden = torch.where(empty, model.first_hidden(len(prompt)), self.hidden)
 
     @property
     def position(self) -> int | Tensor:
         """Where the next token stands in its sequence: int, or (B,) where sequences differ."""
-        here = self.cache.positions(self.cache.length, self.cache.length + 1)
-        return here.start if isinstance(here, range) else here[:, 0]
+        return self.cache.lengths
 
     def speak(self) -> Tensor:
         """Context logits (B, V) of the next token."""
@@ -108,16 +113,16 @@ class Prompted:
 
     def read(self, latents: Tensor, level: Tensor) -> None:
         """Append tokens, as latents (B, n, D) at levels (B, n)."""
-        self.hidden = self._read(latents, level)
+        self.hidden = self._read(latents, level)[:, -1:]
 
-    def forget(self, length: int) -> None:
-        """Go back to the first `length` slots; something must be read before the next token is spoken of."""
-        self.cache.crop(length)
+    def forget(self, count: int | Tensor) -> None:
+        """Take back the last `count` tokens, int or (B,); something must be read before the next token is spoken of."""
+        self.cache.rewind(count)
 
     def field(self, length: Tensor | None = None) -> VectorField:
         """The flow of a window behind what has been read. `length` (B,) is how many of its tokens are present; None is all."""
-        start, cache = self.position, self.cache
-        mask = Window(start, None if length is None else start + length)
+        # Whoever asks stands in the window, so that nothing is prompt to them.
+        mask, cache = Window(0, None if length is None else self.position + length), self.cache
 
         def network(latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
             own = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)
@@ -127,7 +132,7 @@ class Prompted:
         return VectorField(network, self.denoiser, self.model.self_conditioned)
 
     def _read(self, latents: Tensor, level: Tensor) -> Tensor:
-        return self.model.backbone(latents, level, mask=Causal(), cache=self.cache, store=True)[:, -1:]
+        return self.model.backbone(latents, level, mask=Causal(), cache=self.cache, store=True)
 
 
 @torch.no_grad()
@@ -146,7 +151,7 @@ def generate(model: Evo, prompt: Tensor, lengths: Tensor | None, request: Reques
         before = state.cache.length
         sketch = _sketch(state, count, ended, request)
         # What was read while sketching was noisy; refinement and the next window see what is clean.
-        state.forget(before)
+        state.forget(state.cache.length - before)
         written, evaluations, steps = refine(state, sketch, request)
         nfe += evaluations
         trajectory.append(steps)

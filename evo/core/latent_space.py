@@ -1,4 +1,4 @@
-"""The latent space: one point on a sphere for every vocabulary entry.
+"""The latent space: one point for every vocabulary entry.
 
 B batch, N tokens, V vocabulary, D latent dimension.
 """
@@ -6,6 +6,7 @@ B batch, N tokens, V vocabulary, D latent dimension.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,16 +17,13 @@ if TYPE_CHECKING:
     from evo.schedules import Schedule
 
 
-class LatentSpace(nn.Module):
-    """Learned embeddings e(v), held on a sphere.
-
-    Only the radius and the size of the vocabulary decide at which noise level a token becomes unreadable, so the radius is fixed
-    and only directions are learned. The default sqrt(2 ln V) places that level in the middle of [0, 1] for a cosine schedule.
+class Embeddings(nn.Module, ABC):
+    """One latent e(v) for every vocabulary entry v.
 
     Args:
         vocab_size: V, at least 2.
         dim: D, the latent dimension.
-        radius: the norm of every embedding; None is sqrt(2 ln V).
+        radius: its square is half the squared distance between two entries on average; None is sqrt(2 ln V).
 
     Raises:
         ValueError: for a vocabulary of fewer than two entries, a dimension below one, or a radius that is not positive.
@@ -41,29 +39,27 @@ class LatentSpace(nn.Module):
         if not (math.isfinite(radius) and radius > 0):
             raise ValueError(f"radius is {radius}; it must be positive and finite (None is sqrt(2 ln V))")
         self.vocab_size, self.dim, self.radius = vocab_size, dim, radius
-        self.directions = nn.Parameter(torch.empty(vocab_size, dim))
-        self._initialise()
 
-    def _initialise(self) -> None:
-        """Random directions, near unit norm: a step of Adam then turns one by about its learning rate times sqrt(D).
+    def _random_table(self, std: float) -> Tensor:
+        """Random entries (V, D), from a stream of their own that the global one seeds.
 
-        They come from a stream of their own, seeded by the global one. Straight from the global stream they would be the very numbers
-        that a generator with the same seed gives as noise, and noise that points at embeddings makes every bound wrong.
+        Straight from the global stream they would be the very numbers that a generator with the same seed gives as noise, and noise
+        that points at embeddings makes every bound wrong.
         """
-        if self.directions.is_meta:
-            return
+        table = torch.empty(self.vocab_size, self.dim)
+        if table.is_meta:
+            return table
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-        generator = torch.Generator(self.directions.device).manual_seed(seed)
-        nn.init.normal_(self.directions, std=self.dim**-0.5, generator=generator)
+        return table.normal_(std=std, generator=torch.Generator(table.device).manual_seed(seed))
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
-        """e(v) for every entry, (V, D). Computed at each access: take it once per call and pass it on."""
-        return self.radius * F.normalize(self.directions, dim=-1)
+        """e(v) for every entry, (V, D)."""
 
+    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """e(x) of token ids (...): (..., D), without normalising the rest of the table."""
-        return self.radius * F.normalize(F.embedding(tokens, self.directions), dim=-1)
+        """e(x) of token ids (...): (..., D)."""
 
     def log_likelihood(self, latents: Tensor, level: Tensor, schedule: Schedule) -> Tensor:
         """Of every entry, log N(z; s e(v), n² I) up to a constant in v, in nats: (..., D) and (...) -> (..., V).
@@ -79,6 +75,36 @@ class LatentSpace(nn.Module):
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.vocab_size}, dim={self.dim}, radius={self.radius:.4g}"
+
+
+class LatentSpace(Embeddings):
+    """Learned embeddings e(v), held on a sphere.
+
+    Only the radius and the size of the vocabulary decide at which noise level a token becomes unreadable, so the radius is fixed
+    and only directions are learned. The default sqrt(2 ln V) places that level in the middle of [0, 1] for a cosine schedule.
+
+    Args:
+        vocab_size: V, at least 2.
+        dim: D, the latent dimension.
+        radius: the norm of every embedding; None is sqrt(2 ln V).
+
+    Raises:
+        ValueError: for a vocabulary of fewer than two entries, a dimension below one, or a radius that is not positive.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, radius: float | None = None) -> None:
+        super().__init__(vocab_size, dim, radius)
+        # Near unit norm: a step of Adam then turns a direction by about its learning rate times sqrt(D).
+        self.directions = nn.Parameter(self._random_table(dim**-0.5))
+
+    @property
+    def weight(self) -> Tensor:
+        """e(v) for every entry, (V, D). Computed at each access: take it once per call and pass it on."""
+        return self.radius * F.normalize(self.directions, dim=-1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """e(x) of token ids (...): (..., D), without normalising the rest of the table."""
+        return self.radius * F.normalize(F.embedding(tokens, self.directions), dim=-1)
 
 
 def evidence_table(embeddings: Tensor) -> Tensor:

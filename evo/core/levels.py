@@ -40,7 +40,7 @@ def random_levels(shape: tuple[int, ...], generator: torch.Generator | None, lik
     device, dtype = like.device, like.dtype
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=device, dtype=dtype)
+        return torch.empty(shape, device=device, dtype=dtype).uniform_(generator=generator)
 
     # Low-discrepancy over the batch, so that every kind appears in every batch that is large enough.
     kind = (torch.arange(batch, device=device) / batch + uniform(1)) % 1
@@ -55,7 +55,7 @@ def with_logistic_noise(levels: Tensor, scale: float, generator: torch.Generator
     """Levels (B, N) moved by logistic noise of the given scale in their logit; differentiable in the levels."""
     if scale == 0:
         return levels
-    u = torch.rand(levels.shape, generator=generator, device=levels.device, dtype=levels.dtype)
+    u = torch.empty_like(levels).uniform_(generator=generator)
     edge = torch.finfo(levels.dtype).eps
     return (levels.logit(eps=1e-4) + scale * u.logit(eps=edge)).sigmoid()
 

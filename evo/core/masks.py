@@ -1,44 +1,85 @@
 """Who may look at whom: attention masks as small objects.
 
-A mask is defined by `allowed`, a predicate on positions, and nothing else. Positions count from the beginning of each
-sequence (0 is BOS); a negative position is padding on the left, which nobody sees. `lower` turns a mask into what
-`scaled_dot_product_attention` takes, and finds the cases that need no matrix at all.
+A mask is defined by `allowed`, a predicate on positions, and nothing else. Positions count from the beginning of each sequence (0 is
+BOS, where there is one). What a mask tells beyond its definition, `pieces`, only makes it cheaper: where it consists of a few rectangles
+and triangles, nobody needs a matrix.
 
-B batch, Q queries, K keys.
+B batch, N tokens, Q queries, K keys.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# A kernel call for each block of fewer positions costs more than a matrix.
+_SMALL = 64
+
+
+class Piece(NamedTuple):
+    """Consecutive queries, `start` to `stop` - 1 in the order given, that see the first `keys` keys.
+
+    All of them do, or where `causal` is true the last query does, and each one before it sees one key fewer.
+    """
+
+    start: int
+    stop: int
+    keys: int
+    causal: bool
+
 
 class Mask(ABC):
     """Which keys each query may attend to."""
 
     @abstractmethod
-    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Positions (B or 1, Q) and (B or 1, K) -> bool (B or 1, Q, K), True where the query sees the key."""
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a query sees a key.
 
-    @abstractmethod
-    def is_full(self, start: int, count: int, keys: int) -> bool:
-        """Whether queries at start..start+count-1 all see every key at 0..keys-1 (all sequences alike)."""
+        Args:
+            sequence, query, key: index of the sequence in its batch, position of the query, position of the key: int64 tensors of
+                shapes that broadcast to one, which may be (B, Q, K) or ().
+
+        Returns:
+            Bool, of a shape that broadcasts to that one.
+        """
+
+    def pieces(self, start: int, count: int, keys: int) -> tuple[Piece, ...] | None:
+        """The mask of queries at start..start+count-1 over keys at 0..keys-1, in order, if that is a few pieces in every sequence."""
+        return None
+
+    def check(self, batch: int, keys: int) -> None:  # noqa: B027 (most masks serve any batch and any length)
+        """Raise ValueError if the mask does not fit so many sequences or so many positions."""
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether sequences of a batch may differ."""
+        return True
+
+    def __and__(self, other: Mask) -> AllOf:
+        return AllOf(masks=(self, other))
+
+    def __or__(self, other: Mask) -> AnyOf:
+        return AnyOf(masks=(self, other))
 
 
 @dataclass(frozen=True)
 class Causal(Mask):
     """A position sees itself and everything before it."""
 
-    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        queries, keys = queries.unsqueeze(-1), keys.unsqueeze(-2)
-        return keys <= queries
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query
 
-    def is_full(self, start: int, count: int, keys: int) -> bool:
-        return count == 1 and keys == start + 1
+    def pieces(self, start: int, count: int, keys: int) -> tuple[Piece, ...] | None:
+        return (_triangle(count, start + count),)
+
+    @property
+    def per_sequence(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,50 +95,176 @@ class Window(Mask):
     prompt: int | Tensor
     length: int | Tensor | None = None
 
-    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        queries, keys = queries.unsqueeze(-1), keys.unsqueeze(-2)
-        prompt = _per_sequence(self.prompt)
-        seen = (keys <= queries) | ((queries >= prompt) & (keys >= prompt))
-        return seen if self.length is None else seen & (keys < _per_sequence(self.length))
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        prompt = _of(self.prompt, sequence)
+        seen = (key <= query) | ((query >= prompt) & (key >= prompt))
+        return seen if self.length is None else seen & (key < _of(self.length, sequence))
 
-    def is_full(self, start: int, count: int, keys: int) -> bool:
-        prompt, length = self.prompt, self.length
-        if isinstance(prompt, Tensor) or isinstance(length, Tensor):
-            return False
-        return start >= prompt and keys == start + count and (length is None or keys <= length)
+    def pieces(self, start: int, count: int, keys: int) -> tuple[Piece, ...] | None:
+        if isinstance(self.prompt, Tensor) or isinstance(self.length, Tensor):
+            return None
+        if self.length is not None and self.length < keys:
+            return None
+        return _prompt_piece(self.prompt, start, count) + _window_piece(self.prompt, start, count, keys)
 
+    def check(self, batch: int, keys: int) -> None:
+        _check_per_sequence("Window", "prompt", self.prompt, batch)
+        _check_per_sequence("Window", "length", self.length, batch)
 
-def _per_sequence(value: int | Tensor) -> int | Tensor:
-    return value[:, None, None] if isinstance(value, Tensor) else value
-
-
-class Lowered(NamedTuple):
-    """A mask as `scaled_dot_product_attention` takes it."""
-
-    matrix: Tensor | None
-    causal: bool
+    @property
+    def per_sequence(self) -> bool:
+        return isinstance(self.prompt, Tensor) or isinstance(self.length, Tensor)
 
 
-def lower(mask: Mask, queries: Tensor | range, keys: Tensor | range, device: torch.device) -> Lowered:
-    """A mask over queries and keys, given as a range where all sequences agree and as positions (B, ·) where they do not.
+@dataclass(frozen=True, eq=False)
+class BlockCausal(Mask):
+    """A causal prompt, followed by blocks: everybody in a block sees the prompt, all earlier blocks and the whole of its own.
 
-    Every query is let see itself, padding too: a row without any key would be NaN, and NaN spreads even through weights of zero.
+    Args:
+        size: positions in a block, at least 1; 1 is `Causal`.
+        prompt: how many leading positions (BOS included) are prompt: int, or (B,) where sequences differ. The first block begins
+            behind it.
     """
-    if isinstance(queries, range) and isinstance(keys, range):
-        if mask.is_full(queries.start, len(queries), len(keys)):
-            return Lowered(None, False)
-        if isinstance(mask, Causal) and queries == keys:
-            return Lowered(None, True)
-    query_positions, key_positions = as_positions(queries, device), as_positions(keys, device)
-    seen = mask.allowed(query_positions, key_positions) & (key_positions >= 0).unsqueeze(-2)
-    own_slot = torch.arange(len(keys) if isinstance(keys, range) else keys.shape[1], device=device)
-    first = own_slot.numel() - (len(queries) if isinstance(queries, range) else queries.shape[1])
-    itself = own_slot == own_slot[first:, None]
-    return Lowered((seen | itself).unsqueeze(1), False)
+
+    size: int
+    prompt: int | Tensor = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"BlockCausal(size={self.size}): a block needs at least 1 position")
+
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        prompt = _of(self.prompt, sequence)
+        block = [(at - prompt).div(self.size, rounding_mode="floor") for at in (query, key)]
+        return (key <= query) | ((query >= prompt) & (key >= prompt) & (block[1] <= block[0]))
+
+    def pieces(self, start: int, count: int, keys: int) -> tuple[Piece, ...] | None:
+        if isinstance(self.prompt, Tensor):
+            return None
+        if self.size < _SMALL and count > 2 * self.size:
+            return None
+        found, at, stop = _prompt_piece(self.prompt, start, count), max(start, self.prompt), start + count
+        while at < stop:
+            end = at + self.size - (at - self.prompt) % self.size
+            found += (Piece(at - start, min(end, stop) - start, min(end, keys), False),)
+            at = end
+        return found
+
+    def check(self, batch: int, keys: int) -> None:
+        _check_per_sequence("BlockCausal", "prompt", self.prompt, batch)
+
+    @property
+    def per_sequence(self) -> bool:
+        return isinstance(self.prompt, Tensor)
 
 
-def as_positions(positions: Tensor | range, device: torch.device) -> Tensor:
-    """A range as a (1, n) tensor; a tensor as it is."""
-    if isinstance(positions, range):
-        return torch.arange(positions.start, positions.stop, device=device).unsqueeze(0)
-    return positions
+@dataclass(frozen=True, eq=False)
+class Document(Mask):
+    """Several documents in one sequence, each seeing only itself; usually `Document(ids) & Causal()`.
+
+    Args:
+        ids: int64 (B, N), or (1, N) where all sequences are alike: to which document each position belongs.
+        lengths: the lengths of each sequence's documents, one behind another, where the host knows them; `from_lengths` makes both.
+    """
+
+    ids: Tensor
+    lengths: tuple[tuple[int, ...], ...] | None = None
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[Sequence[int]], device: torch.device | str | None = None) -> Document:
+        """Documents of these lengths, one behind another, in each of B sequences; what remains of a sequence is a document too.
+
+        Known on the host, they let the kernels for packed sequences be used without waiting for the device.
+
+        Raises:
+            ValueError: for a length below 1, or sequences of different total lengths.
+        """
+        known = tuple(tuple(each) for each in lengths)
+        if not known or any(length < 1 for each in known for length in each) or len({sum(each) for each in known}) != 1:
+            raise ValueError(
+                f"documents of lengths {known} do not fill sequences of one length: give each sequence lengths of at least 1 "
+                "with the same sum, padding being a document of its own"
+            )
+        ids = [torch.arange(len(each)).repeat_interleave(torch.tensor(each)) for each in known]
+        return cls(torch.stack(ids).to(device), known)
+
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = sequence if len(self.ids) > 1 else torch.zeros_like(sequence)
+        return self.ids[row, query] == self.ids[row, key]
+
+    def check(self, batch: int, keys: int) -> None:
+        if self.ids.dim() != 2 or self.ids.shape[0] not in (1, batch) or self.ids.shape[1] < keys:
+            raise ValueError(
+                f"Document ids have shape {tuple(self.ids.shape)}; {batch} sequences of {keys} positions need "
+                f"({batch}, {keys}) or longer"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class AllOf(Mask):
+    """What every one of several masks allows: `first & second`."""
+
+    masks: tuple[Mask, ...]
+
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = self.masks[0].allowed(sequence, query, key)
+        for mask in self.masks[1:]:
+            seen = seen & mask.allowed(sequence, query, key)
+        return seen
+
+    def check(self, batch: int, keys: int) -> None:
+        for mask in self.masks:
+            mask.check(batch, keys)
+
+    @property
+    def per_sequence(self) -> bool:
+        return any(mask.per_sequence for mask in self.masks)
+
+
+@dataclass(frozen=True, eq=False)
+class AnyOf(Mask):
+    """What at least one of several masks allows: `first | second`."""
+
+    masks: tuple[Mask, ...]
+
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = self.masks[0].allowed(sequence, query, key)
+        for mask in self.masks[1:]:
+            seen = seen | mask.allowed(sequence, query, key)
+        return seen
+
+    def check(self, batch: int, keys: int) -> None:
+        for mask in self.masks:
+            mask.check(batch, keys)
+
+    @property
+    def per_sequence(self) -> bool:
+        return any(mask.per_sequence for mask in self.masks)
+
+
+def _of(value: int | Tensor, sequence: Tensor) -> int | Tensor:
+    return value[sequence] if isinstance(value, Tensor) else value
+
+
+def _triangle(count: int, keys: int) -> Piece:
+    # An `if` and no comparison as value: of a length that a compiler keeps symbolic that would not be a bool, as kernels want it.
+    if count == 1:
+        return Piece(0, 1, keys, False)
+    return Piece(0, count, keys, True)
+
+
+def _prompt_piece(prompt: int, start: int, count: int) -> tuple[Piece, ...]:
+    stop = min(start + count, prompt)
+    return (_triangle(stop - start, stop),) if start < stop else ()
+
+
+def _window_piece(prompt: int, start: int, count: int, keys: int) -> tuple[Piece, ...]:
+    first = max(start, prompt) - start
+    return (Piece(first, count, keys, False),) if first < count else ()
+
+
+def _check_per_sequence(owner: str, name: str, value: int | Tensor | None, batch: int) -> None:
+    if isinstance(value, Tensor) and value.shape != (batch,):
+        raise ValueError(
+            f"{owner}({name}=...) has shape {tuple(value.shape)}; a batch of {batch} sequences needs ({batch},), or one int for all"
+        )

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evo.core.bos import bos_slots
 from evo.core.config import EvoConfig, preset
 from evo.core.contract import as_batch, as_levels, as_mask, as_prompt, as_row_solver, as_stop, check_tokens, looks
 from evo.core.denoiser import Denoiser, VectorField
 from evo.core.evaluation import evaluating, measure
 from evo.core.generation import Generation, Prompted, Request, generate
-from evo.core.latent_space import LatentSpace
+from evo.core.latent_space import Embeddings
 from evo.core.masks import Causal, Window
-from evo.core.objective import Objective, Output, training_step
+from evo.core.objective import DEFAULT_OBJECTIVE, Objective, Output, training_step
 from evo.core.serialization import load_pretrained, save_pretrained
 from evo.core.transformer import Transformer
 from evo.heads import Decoder, LinearDecoder, NucleusPrior, Readout, TimestepHead
@@ -40,17 +41,21 @@ class Evo(nn.Module):
         schedule: the noise schedule; None is `Cosine()`.
         timestep_head: level of a token from the hidden state and context logits that speak of it; None is `TimestepHead(W)`.
         readout: context logits from hidden states (B, N, W) and embeddings (V, D); None is `Readout`, which shares the embeddings.
+        bos: "attended" is a learned latent (D,) before the first token, which speaks of it and which every token sees; "detached", for
+            networks pretrained without one, is a learned hidden state (W,) that speaks of the first token (evenly of all entries, at
+            first) and that no token sees.
         config: what `save_pretrained` writes; None for a model composed by hand, which is loaded into a model composed alike.
     """
 
     def __init__(
         self,
         *,
-        latent_space: LatentSpace,
+        latent_space: Embeddings,
         backbone: Transformer,
         schedule: Schedule | None = None,
         timestep_head: nn.Module | None = None,
         readout: nn.Module | None = None,
+        bos: str = "attended",
         config: EvoConfig | None = None,
     ) -> None:
         super().__init__()
@@ -65,7 +70,11 @@ class Evo(nn.Module):
         self.readout = (
             Readout(backbone.width, latent_space.dim, latent_space.vocab_size) if readout is None else readout
         )
-        self.bos = nn.Parameter(torch.randn(latent_space.dim) * latent_space.radius * latent_space.dim**-0.5)
+        self.bos_slots = bos_slots(bos)
+        if self.bos_slots:
+            self.bos = nn.Parameter(torch.randn(latent_space.dim) * latent_space.radius * latent_space.dim**-0.5)
+        else:
+            self.bos = nn.Parameter(torch.zeros(backbone.width))
         self.config = config
 
     @classmethod
@@ -80,13 +89,17 @@ class Evo(nn.Module):
     @property
     def context(self) -> int:
         """The longest sequence, in tokens."""
-        return self.backbone.positions - 1
+        return self.backbone.positions - self.bos_slots
 
     # The two halves.
 
     def sketch(self, latents: Tensor, level: Tensor) -> Tensor:
         """The causal half: latents (B, N, D) at levels (B, N) -> hidden states (B, N, W); row i speaks of token i, from z_<i alone."""
-        return self.backbone(self.behind_bos(latents[:, :-1]), _behind_zero(level[:, :-1]), mask=Causal())
+        latents, level = self.behind_bos(latents[:, :-1], level[:, :-1])
+        if self.bos_slots:
+            return self.backbone(latents, level, mask=Causal())
+        first = self.first_hidden(len(latents))
+        return torch.cat([first, self.backbone(latents, level, mask=Causal())], 1) if level.shape[1] else first
 
     @property
     def self_conditioned(self) -> bool:
@@ -110,19 +123,26 @@ class Evo(nn.Module):
             end: (B,) tokens present, None for all.
             estimate: (B, N, D) an earlier estimate of the clean latents, for a network built with `self_conditioning`.
         """
-        index = torch.arange(latents.shape[1] + 1, device=latents.device)
-        if prompt is None:
-            own, mask = index >= 1, Window(1, None if end is None else end + 1)
-        else:
-            own, mask = index > prompt[:, None], Window(prompt + 1, None if end is None else end + 1)
+        before = self.bos_slots
+        index = torch.arange(latents.shape[1] + before, device=latents.device)
+        begin = before if prompt is None else prompt + before
+        own = index >= (begin if prompt is None else prompt[:, None] + before)
+        mask = Window(begin, None if end is None else end + before)
         if estimate is not None:
-            estimate = F.pad(estimate, (0, 0, 1, 0))
-        hidden = self.backbone(self.behind_bos(latents), _behind_zero(level), mask=mask, own=own, estimate=estimate)
-        return hidden[:, 1:]
+            estimate = F.pad(estimate, (0, 0, before, 0))
+        latents, level = self.behind_bos(latents, level)
+        return self.backbone(latents, level, mask=mask, own=own, estimate=estimate)[:, before:]
 
-    def behind_bos(self, latents: Tensor) -> Tensor:
-        """Latents (B, N, D) with the latent of BOS before them, (B, N+1, D)."""
-        return torch.cat([self.bos.to(latents.dtype).expand(len(latents), 1, -1), latents], dim=1)
+    def behind_bos(self, latents: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, N, D) and levels (B, N) as the backbone reads them: with those of BOS before them, if it is attended."""
+        if not self.bos_slots:
+            return latents, level
+        bos = self.bos.to(latents.dtype).expand(len(latents), 1, -1)
+        return torch.cat([bos, latents], dim=1), F.pad(level, (1, 0))
+
+    def first_hidden(self, batch: int) -> Tensor:
+        """The hidden state (B, 1, W) of a detached BOS, which speaks of the first token."""
+        return self.bos.expand(batch, 1, -1)
 
     # What callers use.
 
@@ -160,7 +180,10 @@ class Evo(nn.Module):
         scored = as_mask(loss_mask, batch)
         chosen = as_levels(levels, batch, self.bos, look=looks(self))
         if self.training:
-            return training_step(self, batch, scored, chosen, path, generator, objective or Objective())
+            refined = not isinstance(levels, (int, float)) or levels > self.schedule.t_min
+            return training_step(
+                self, batch, scored, chosen, path, generator, objective or DEFAULT_OBJECTIVE, refined=refined
+            )
         return measure(self, batch, scored, chosen, path, generator, clock_values=1)
 
     def context_logits(self, tokens: Tensor) -> Tensor:
@@ -282,10 +305,3 @@ class Evo(nn.Module):
     def load_weights(self, path: str | os.PathLike[str]) -> Evo:
         """Put the weights of a saved model into this one, which was composed alike; returns itself, in evaluation mode."""
         return load_pretrained(path, self)
-
-
-def _behind_zero(level: Tensor) -> Tensor:
-    """Levels (B, N) with the level of BOS before them, (B, N+1)."""
-    return (
-        torch.cat([torch.zeros_like(level[:, :1]), level], dim=1) if level.shape[1] else level.new_zeros(len(level), 1)
-    )

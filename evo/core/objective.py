@@ -1,10 +1,4 @@
-"""The bound on -log p(X), in its three parts, and the loss that training minimises.
-
-    sketch          CE(pi, x) - CE(pi + l, x)                        what the causal half codes, up to the level t of each token
-    flow            1/2 int -SNR'(tau) (-dtau/dc) E|e(x) - x̂|² dc    what the flow codes, from t down to t_min
-    reconstruction  CE(p(·|z at t_min), x)                           what is left to be said there
-
-A token whose level is at most t_min is realised at once: CE(pi, x) and nothing else.
+"""The loss that training minimises: one estimate of the bound at one clock value a sequence, and what exploration adds.
 
 B batch, N tokens, V vocabulary, D latent dimension.
 """
@@ -13,14 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from evo.core.denoiser import Denoised, Denoiser
+from evo.core.bound import Batch, Sketch, clock_values, cross_entropy, standard_normal
+from evo.core.clock import ClockDensity
+from evo.core.extremes import Extremes
 from evo.core.levels import Exploration, random_levels, usage_entropy, with_logistic_noise
 from evo.schedules import Path
 
@@ -33,52 +27,50 @@ class Objective:
     """What training adds to the bound, and how it explores. Nothing of it touches a reported figure.
 
     Args:
+        causal_weight: weight of the causal cross-entropy of a clean first pass, which is then what the head reads; 0 makes the first
+            pass a noisy one that nothing is learned from.
         aux_weight: weight w of the auxiliary cross-entropies (1-t) CE(pi, x) + t CE(p(·|z), x), annealed by the training loop.
         label_smoothing: of the auxiliary cross-entropies, in [0, 1).
         entropy_weight: weight of the entropy of the levels used across a sequence, which is rewarded.
         level_price: price of a unit of level, in nats a token.
         weight_cap: the flow integrand's weight is cut here, so that one rare low level cannot drown a batch.
+        self_conditioning: share of the sequences, in [0, 1], whose network sees its own earlier estimate, where it takes one.
         exploration: how levels stray from the head's.
+        clock: where the flow is measured; each step tells it what it found. None is uniformly.
+        extremes: means of the bound at level 0, at the head's levels and at level 1; each step tells it what it found, and while an end
+            is better than the head, the head's logits are moved towards it. None leaves the head to the gradient of the bound alone.
     """
 
+    causal_weight: float = 0.0
     aux_weight: float = 1.0
     label_smoothing: float = 0.1
     entropy_weight: float = 0.01
     level_price: float = 0.0
     weight_cap: float = 50.0
+    self_conditioning: float = 0.5
     exploration: Exploration = field(default_factory=Exploration)
+    clock: ClockDensity | None = None
+    extremes: Extremes | None = None
 
     def __post_init__(self) -> None:
-        for name in ("aux_weight", "entropy_weight", "level_price"):
+        for name in ("aux_weight", "causal_weight", "entropy_weight", "level_price"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; a weight must be finite")
-        if not (self.aux_weight >= 0 and 0 <= self.label_smoothing < 1 and self.weight_cap > 0):
+        if not (
+            self.aux_weight >= 0 and self.causal_weight >= 0 and 0 <= self.label_smoothing < 1 and self.weight_cap > 0
+        ):
             raise ValueError(
-                f"aux_weight {self.aux_weight}, label_smoothing {self.label_smoothing}, weight_cap {self.weight_cap}: "
-                "needed aux_weight >= 0, label_smoothing in [0, 1), weight_cap > 0"
+                f"aux_weight {self.aux_weight}, causal_weight {self.causal_weight}, label_smoothing {self.label_smoothing}, "
+                f"weight_cap {self.weight_cap}: needed weights of at least 0, label_smoothing in [0, 1), weight_cap > 0"
+            )
+        if not 0 <= self.self_conditioning <= 1:
+            raise ValueError(
+                f"self_conditioning is {self.self_conditioning}; it is a share of the sequences, in [0, 1]"
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Token sequences and what is known of them.
-
-    Attributes:
-        tokens: ids, (B, N).
-        present: bool (B, N), False behind the end of a sequence.
-        prompt: (B,) how many tokens of each are prompt: level 0, seeing only what precedes them.
-        end: (B,) how many tokens each has.
-    """
-
-    tokens: Tensor
-    present: Tensor
-    prompt: Tensor
-    end: Tensor
-
-    @property
-    def free(self) -> Tensor:
-        """Bool (B, N): present and not prompt, the tokens whose level is not 0 from the outset."""
-        return self.present & (torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.prompt[:, None])
+# Made once: torch.compile cannot trace the making of it.
+DEFAULT_OBJECTIVE = Objective()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,88 +95,6 @@ class Output:
         return self.sketch_bits + self.flow_bits + self.reconstruction
 
 
-def cross_entropy(log_probs: Tensor, tokens: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy in nats of log-probabilities (B, N, V) against tokens (B, N), a share of them smoothed over all V: (B, N)."""
-    nll = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return torch.lerp(nll, -log_probs.mean(-1), smoothing) if smoothing else nll
-
-
-class Sketch:
-    """One sketch of a batch, from which the three parts of the bound are read.
-
-    Its noise is drawn once: a latent at a lower level continues the latent at t (the bridge), which is what keeps the sum a bound
-    when levels are computed from latents.
-
-    Args:
-        model: the model.
-        batch: the tokens.
-        levels: t, (B, N).
-        noise: standard normal, (B, N, D).
-    """
-
-    def __init__(self, model: Evo, batch: Batch, levels: Tensor, noise: Tensor) -> None:
-        self.model, self.batch, self.noise, self.schedule = model, batch, noise, model.schedule
-        self.denoiser = Denoiser.of(model.latent_space, model.schedule)
-        self.clean = F.embedding(batch.tokens, self.denoiser.embeddings).to(noise.dtype)
-        self.levels = realised_below(levels, self.schedule.t_min, batch)
-        self.live = self.levels > 0
-        self.latents = self._noised(noise, self.levels)
-        self.hidden = model.sketch(self.latents, self.levels)
-        self.context_logits = model.readout(self.hidden, self.denoiser.embeddings).to(noise.dtype)
-
-    @cached_property
-    def context_log_probs(self) -> Tensor:
-        """What the causal half says, in nats, (B, N, V); a sketch made only to ask the head does not need it."""
-        return self.context_logits.log_softmax(-1)
-
-    def bits(self) -> tuple[Tensor, Tensor]:
-        """Sketch bits, and the causal cross-entropy CE(pi, x) they are a part of: nats, (B, N) each."""
-        causal = cross_entropy(self.context_log_probs, self.batch.tokens)
-        posterior = self.denoiser.log_posterior(self.context_logits, self.latents, self.levels)
-        left = torch.where(self.live, cross_entropy(posterior, self.batch.tokens), 0.0)
-        return (causal - left) * self.batch.present, causal * self.batch.present
-
-    def flow_bits(
-        self, path: Path, clock: Tensor, generator: torch.Generator | None, weight_cap: float | None = None
-    ) -> tuple[Tensor, Denoised]:
-        """The integrand of the flow at one clock value a sequence, (B,) in [0, 1]: nats, (B, N), and the denoised state behind it.
-
-        The clock is that of the stretch in which any token of the sequence moves, whose length weights the integrand.
-        """
-        begin, end = (x.detach() for x in path.stretch(self.levels, self.schedule.t_min))
-        length = (end - begin).unsqueeze(-1)
-        level, rate = path.at(self.levels, begin + clock * (end - begin), self.schedule.t_min)
-        level = torch.where(self.live, level, 0.0)
-        denoised = self._refine(self._bridged(level, generator), level)
-        weight = -0.5 * self.schedule.d_snr(level.clamp(min=self.schedule.t_min)) * rate * length
-        if weight_cap is not None:
-            weight = weight.clamp(max=weight_cap)
-        error = (self.clean - denoised.latents).square().sum(-1)
-        return torch.where(self.live, weight * error, 0.0), denoised
-
-    def reconstruction(self, generator: torch.Generator | None, *, network: bool) -> Tensor:
-        """CE(p(·|z at t_min), x): nats, (B, N). Of the network, or (as valid, and without a pass) of the evidence alone."""
-        level = self.live * torch.full_like(self.levels, self.schedule.t_min)
-        latents = self._bridged(level, generator)
-        if network:
-            log_probs = self._refine(latents, level).log_probs
-        else:
-            log_probs = self.denoiser.log_posterior(None, latents, level)
-        return torch.where(self.live, cross_entropy(log_probs, self.batch.tokens), 0.0)
-
-    def _noised(self, noise: Tensor, level: Tensor) -> Tensor:
-        """Latents at a level; where it is 0, the embeddings themselves, bit for bit."""
-        return torch.where((level > 0).unsqueeze(-1), self.schedule.noised(self.clean, noise, level), self.clean)
-
-    def _bridged(self, level: Tensor, generator: torch.Generator | None) -> Tensor:
-        fresh = standard_normal(self.noise.shape, self.noise, generator)
-        return self._noised(self.schedule.bridge(self.noise, self.levels, level, fresh), level)
-
-    def _refine(self, latents: Tensor, level: Tensor) -> Denoised:
-        hidden = self.model.refine(latents, level, prompt=self.batch.prompt, end=self.batch.end)
-        return self.denoiser(self.model.readout(hidden, self.denoiser.embeddings), latents, level)
-
-
 def training_step(
     model: Evo,
     batch: Batch,
@@ -193,90 +103,110 @@ def training_step(
     path: Path,
     generator: torch.Generator | None,
     objective: Objective,
+    *,
+    refined: bool = True,
 ) -> Output:
-    """One estimate of the bound at one clock value a sequence, and the loss; `levels=None` explores, see `training_levels`."""
-    clean_like = model.latent_space.directions
-    noise = standard_normal((*batch.tokens.shape, model.latent_space.dim), clean_like, generator)
+    """One estimate of the bound at one clock value a sequence, and the loss.
+
+    `levels=None` explores, see `training_levels`. `refined=False` says that all levels are 0, which spares the flow its pass.
+    """
+    noise = standard_normal((*batch.tokens.shape, model.latent_space.dim), model.bos, generator)
+    count, free = scored.sum().clamp(min=1), scored & batch.free
+    chosen = None
     if levels is None:
-        levels = training_levels(model, batch, noise, objective, generator)
+        chosen = training_levels(model, batch, noise, objective, generator)
+        levels = chosen.levels
     sketch = Sketch(model, batch, levels, noise)
     bits, causal = sketch.bits()
-    clock = clock_values(len(noise), noise, generator)
-    flow, denoised = sketch.flow_bits(path, clock, generator, objective.weight_cap)
-    reconstruction = sketch.reconstruction(generator, network=False)
-
-    count = scored.sum().clamp(min=1)
-    loss = ((bits + flow + reconstruction) * scored).sum() / count
-    if objective.aux_weight:
-        smoothing = objective.label_smoothing
-        if smoothing:
-            causal = cross_entropy(sketch.context_log_probs, batch.tokens, smoothing)
-        own = cross_entropy(denoised.log_probs, batch.tokens, smoothing)
+    flow = reconstruction = torch.zeros_like(bits)
+    smoothing = objective.label_smoothing
+    spoken = cross_entropy(sketch.context_log_probs, batch.tokens, smoothing) if smoothing else causal
+    if refined:
+        clock = clock_values(len(noise), noise, generator)
+        found = sketch.flow_bits(
+            path,
+            clock,
+            generator,
+            density=objective.clock,
+            weight_cap=objective.weight_cap,
+            self_conditioning=objective.self_conditioning,
+        )
+        if objective.clock is not None:
+            objective.clock.update(found.remaining, (found.integrand * scored).sum(1))
+        flow = found.bits
+        reconstruction = sketch.reconstruction(generator, network=False)
         # Weighted by how much each half has to say of a token; the levels are not to be learned from the weights.
-        share = sketch.levels.detach()
-        loss = loss + objective.aux_weight * (torch.lerp(causal, own, share) * scored).sum() / count
+        own = cross_entropy(found.denoised.log_probs, batch.tokens, smoothing)
+        spoken = torch.lerp(spoken, own, sketch.levels.detach())
+
+    bound = bits + flow + reconstruction
+    loss = (bound * scored).sum() / count
+    if objective.aux_weight:
+        loss = loss + objective.aux_weight * (spoken * scored).sum() / count
     if objective.entropy_weight:
         loss = loss - objective.entropy_weight * usage_entropy(levels, batch.free).mean()
     if objective.level_price:
-        loss = loss + objective.level_price * (levels * (scored & batch.free)).sum() / count
+        loss = loss + objective.level_price * (levels * free).sum() / count
+    if chosen is not None:
+        if chosen.causal is not None:
+            loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
+        if objective.extremes is not None:
+            learned = len(levels) - len(chosen.head)
+            _compare(objective.extremes, bound.detach(), sketch.levels, free, learned, chosen.causal)
+            logits, number = chosen.head.logit(eps=1e-4), scored[learned:].sum().clamp(min=1)
+            loss = loss + objective.extremes.slope().to(loss.dtype) * (logits * free[learned:]).sum() / number
     return Output(loss=loss, sketch_bits=bits, flow_bits=flow, reconstruction=reconstruction, levels=sketch.levels)
 
 
-def realised_below(levels: Tensor, t_min: float, batch: Batch) -> Tensor:
-    """Levels (B, N) with exact zeros where a token is prompt or absent, or its level is at most t_min."""
-    return torch.where(batch.free & (levels > t_min), levels, 0.0)
+class Chosen(NamedTuple):
+    """Levels to train on.
 
-
-def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise on the device of `like`, in its dtype or float32, whichever is wider."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn(shape, generator=generator, device=like.device, dtype=dtype)
-
-
-def clock_values(batch: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One clock value a sequence, (B,), uniform in [0, 1), low-discrepancy over the batch.
-
-    Steps of the golden ratio from a common random offset: every run of neighbours covers the clock, not only the whole batch.
+    Attributes:
+        levels: (B, N), random ones first, then those of the head with noise.
+        head: what the head itself says of the latter, (learners, N).
+        causal: cross-entropy of the clean first pass, nats, (B, N); None where there was no such pass.
     """
-    offset = torch.rand(1, generator=generator, device=like.device, dtype=like.dtype)
-    return (offset + torch.arange(batch, device=like.device, dtype=like.dtype) * 0.6180339887498949) % 1.0
+
+    levels: Tensor
+    head: Tensor
+    causal: Tensor | None
 
 
 def training_levels(
     model: Evo, batch: Batch, noise: Tensor, objective: Objective, generator: torch.Generator | None
-) -> Tensor:
-    """Levels (B, N) to train on: random ones for a share of the sequences, for the others those of the head, with noise.
+) -> Chosen:
+    """Levels to train on: random ones for a share of the sequences, for the others, the learners, those of the head with noise.
 
-    The head reads a first pass at exploratory levels, which needs no gradient; the levels have one, to the head alone.
+    The head reads a first pass, and the levels have a gradient to the head alone. The pass is made over the learners at exploratory
+    levels, without a gradient; or, where the objective weighs causal cross-entropy, over everything at level 0, and is then scored.
     """
     explored = random_levels(batch.tokens.shape, generator, noise)
-    chosen = round(objective.exploration.share * len(explored))
-    if chosen == len(explored):
-        return explored
-    rest = slice(chosen, None)
-    learners = Batch(
-        tokens=batch.tokens[rest], present=batch.present[rest], prompt=batch.prompt[rest], end=batch.end[rest]
-    )
-    with torch.no_grad():
-        first = Sketch(model, learners, explored[rest], noise[rest])
-    levels = model.timestep_head(first.hidden, first.context_logits)
-    return torch.cat([explored[:chosen], with_logistic_noise(levels, objective.exploration.noise, generator)])
+    learned = round(objective.exploration.share * len(explored))
+    hidden = logits = causal = None
+    if objective.causal_weight:
+        first = Sketch(model, batch, torch.zeros_like(explored), noise)
+        causal = cross_entropy(first.context_log_probs, batch.tokens)
+        hidden, logits = first.hidden[learned:].detach(), first.context_logits[learned:].detach()
+    elif learned < len(explored):
+        with torch.no_grad():
+            first = Sketch(model, batch.take(slice(learned, None)), explored[learned:], noise[learned:])
+        hidden, logits = first.hidden, first.context_logits
+    if learned == len(explored):
+        return Chosen(explored, explored[learned:], causal)
+    head = model.timestep_head(hidden, logits)
+    levels = with_logistic_noise(head, objective.exploration.noise, generator)
+    return Chosen(torch.cat([explored[:learned], levels]), head, causal)
 
 
-@torch.no_grad()
-def learned_levels(model: Evo, batch: Batch, noise: Tensor, snap: float = 0.0) -> Tensor:
-    """The levels that a position-by-position sketch with this noise would choose, (B, N), found in parallel.
-
-    t_i depends on z_<i, so after round k the first k levels are exact; rounds are repeated until nothing changes, which
-    takes few in practice and N at most. Levels below `snap` become 0.
-    """
-    levels = noise.new_zeros(batch.tokens.shape)
-    tolerance = 16 * torch.finfo(noise.dtype).eps
-    for _ in range(batch.tokens.shape[1]):
-        sketch = Sketch(model, batch, levels, noise)
-        proposed = model.timestep_head(sketch.hidden, sketch.context_logits)
-        proposed = realised_below(torch.where(proposed < snap, 0.0, proposed), model.schedule.t_min, batch)
-        if (proposed - levels).abs().max() <= tolerance:
-            return proposed
-        levels = proposed
-    return levels
+def _compare(
+    extremes: Extremes, bound: Tensor, levels: Tensor, free: Tensor, learned: int, causal: Tensor | None
+) -> None:
+    """Tell what sequences cost, nats (B, N), at level 0, at the head's levels, and at level 1; the head's come from row `learned` on."""
+    taught = torch.arange(len(bound), device=bound.device) >= learned
+    arms = torch.stack([((levels == 0) | ~free).all(1) & ~taught, taught, ((levels == 1) | ~free).all(1) & ~taught])
+    arms = arms.to(bound.dtype)
+    nats, number = arms @ (bound * free).sum(1), arms @ free.sum(1).to(bound.dtype)
+    if causal is not None:
+        nats[0] += (causal.detach() * free).sum()
+        number[0] += free.sum()
+    extremes.update(nats, number)

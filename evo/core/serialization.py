@@ -11,17 +11,19 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from evo._version import __version__
 from evo.core.config import EvoConfig
-from evo.core.files import sha256, sync, write_json
+from evo.core.files import read_json, sha256, sync, write_json
+from evo.core.shards import Shards
+from evo.core.sizes import blueprint
 from evo.schedules import from_config
 
 if TYPE_CHECKING:
@@ -67,8 +69,11 @@ def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
 def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Evo:
     """The model of a directory, or its weights put into a model composed alike.
 
+    What the config asks for is compared with what the header of the weights announces, and that with the size of the file, before
+    anything is built or read: a config cannot ask for memory that the file does not fill.
+
     Raises:
-        FileNotFoundError: if there is no model there.
+        FileNotFoundError: if there is no model there, or its weights are missing.
         ValueError: for a config or weights that are damaged, altered, or of another model.
     """
     directory = Path(path)
@@ -78,30 +83,24 @@ def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Ev
             f"the model in {directory} was composed by hand: compose it again and call its load_weights({str(directory)!r})"
         )
     weights = directory / manifest["weights"]
-    if not weights.is_file():
-        raise ValueError(
-            f"{directory / 'config.json'} names {weights.name}, which is not there: copy the directory whole"
-        )
-    digest = sha256(weights)
-    if digest != manifest["sha256"]:
-        raise ValueError(
-            f"{weights} has sha256 {digest}, config.json says {manifest['sha256']}: the file is damaged or was altered; copy it again"
-        )
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
+    shards = Shards.open(directory, weights.name)
     if into is not None:
-        _check_same(into, state, weights)
-        into.load_state_dict(state)
+        _check_same(into.state_dict(), shards, weights)
+        _check_digest(weights, manifest["sha256"])
+        into.load_state_dict({name: shards.read(name) for name in shards})
         return into.eval()
     config = EvoConfig.from_json(manifest["config"])
+    if config.depth > len(shards.shapes):
+        raise ValueError(
+            f"{weights} holds {len(shards.shapes)} tensors, config.json asks for {config.depth} blocks: the weights of another model"
+        )
+    _check_same(blueprint(config), shards, weights)
+    _check_digest(weights, manifest["sha256"])
     # Without memory or random numbers for weights that would be thrown away; every tensor then comes from the file, in its own dtype.
     with torch.device("meta"):
         model = config.build()
     model.schedule = from_config(config.schedule)
-    _check_same(model, state, weights)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: shards.read(name) for name in shards}, assign=True)
     return model.eval()
 
 
@@ -111,12 +110,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no model in {directory}: it has no config.json; save one there with model.save_pretrained"
         )
-    if file.stat().st_size > _CONFIG_LIMIT:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes; a model config has at most {_CONFIG_LIMIT}")
-    try:
-        manifest = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): the file was cut short or altered; copy it again") from error
+    manifest = read_json(file, _CONFIG_LIMIT)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not a model config of format {FORMAT}, the one this version of evo reads")
     needed = {"weights": str, "sha256": str, "config": (dict, type(None)), "config_sha256": str}
@@ -135,20 +129,33 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_same(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if expected == found:
-        return
-    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def _check_digest(file: Path, expected: str) -> None:
+    digest = sha256(file)
+    if digest != expected:
+        raise ValueError(
+            f"{file} has sha256 {digest}, config.json says {expected}: the file is damaged or was altered; copy it again"
+        )
+
+
+def _check_same(expected: Mapping[str, Tensor], found: Shards, file: Path) -> None:
+    """That a file holds what a model needs; weights may be of any precision from 16 bits."""
+    missing, surplus = sorted(expected.keys() - found.shapes.keys()), sorted(found.shapes.keys() - expected.keys())
     other = [
-        f"{name} {found[name]} instead of {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
+        f"{name} {found.shapes[name]} {found.dtypes[name]} instead of {tuple(tensor.shape)} {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found.shapes
+        and not (found.shapes[name] == tensor.shape and _serves(found.dtypes[name], tensor.dtype))
     ]
-    raise ValueError(
-        f"{file} holds the weights of another model: missing {missing[:4]}, surplus {surplus[:4]}, of other shapes {other[:4]}"
-    )
+    if missing or surplus or other:
+        raise ValueError(
+            f"{file} holds the weights of another model: missing {missing[:4]}, surplus {surplus[:4]}, of other shapes {other[:4]}"
+        )
+
+
+def _serves(found: torch.dtype, needed: torch.dtype) -> bool:
+    if needed.is_floating_point:
+        return found.is_floating_point and found.itemsize >= 2
+    return found == needed
 
 
 def _json_sha256(data: object) -> str:

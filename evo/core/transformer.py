@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evo.core.attention import Attention, rotary_angles
+from evo.core.attention import Attention
+from evo.core.backends import Attend, Backend, auto
 from evo.core.cache import Cache
-from evo.core.masks import Causal, Lowered, Mask, as_positions, lower
+from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU, default_hidden
+from evo.core.masks import Causal, Mask
+from evo.core.pattern import Pattern
+from evo.core.rotary import Rotary, RotaryTable
 
 
 class LevelEmbedding(nn.Module):
@@ -42,35 +45,36 @@ class LevelEmbedding(nn.Module):
         return self.linear(features.to(self.linear.weight.dtype))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), (B, N, W) -> (B, N, W)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int | None, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        attention: Attention,
+        norm: RMSNorm | LayerNorm,
+        feed_forward: SwiGLU | GELU,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads, kv_heads)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
-        self.feed_forward = FeedForward(width, hidden)
+        self.attention_norm = norm.build(width)
+        self.attention = attention
+        self.feed_forward_norm = norm.build(width)
+        self.feed_forward = feed_forward.build(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Lowered, cache: Cache | None, layer: int, store: bool
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+        cache: Cache | None,
+        layer: int,
+        store: bool,
     ) -> Tensor:
         """(B, N, W) -> (B, N, W); the further arguments are those of `Attention`."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, mask, cache, layer, store))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend, cache, layer, store))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -82,10 +86,18 @@ class Transformer(nn.Module):
         width: W.
         depth: number of blocks.
         heads, kv_heads: query heads and key/value heads; None is as many.
+        head_dim: of each head; None is width / heads.
         hidden: F; None is 8/3 W rounded up to a multiple of 64.
-        positions: how many positions there are, BOS included.
+        positions: how many positions there are; an attended BOS takes one.
         dropout: on both residual branches.
-        rope_base: base of the rotary frequencies.
+        attention_dropout: of attention weights.
+        attention: computes it; `model.backbone.attention = Xformers()` exchanges it later.
+        norm: the kind of every norm.
+        feed_forward: the kind of the feed-forward layers.
+        rotary: frequencies of rotary positions; None is a learned embedding of each position, added to the input (GPT-2).
+        qkv_bias, out_bias: whether those maps of attention have one.
+        qk_norm: whether the heads of queries and keys are normalised.
+        embed: module that maps latents (B, N, D) to (B, N, W); None is a linear map.
         self_conditioning: take an earlier estimate of the clean latents as a second input.
     """
 
@@ -98,22 +110,46 @@ class Transformer(nn.Module):
         *,
         positions: int,
         kv_heads: int | None = None,
+        head_dim: int | None = None,
         hidden: int | None = None,
         dropout: float = 0.0,
-        rope_base: float = 10_000.0,
+        attention_dropout: float = 0.0,
+        attention: Backend = auto,
+        norm: RMSNorm | LayerNorm = RMSNorm(),
+        feed_forward: SwiGLU | GELU = SwiGLU(),
+        rotary: Rotary | None = Rotary(),
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+        embed: nn.Module | None = None,
         self_conditioning: bool = False,
     ) -> None:
         super().__init__()
-        hidden = -(-8 * width // 3 // 64) * 64 if hidden is None else hidden
+        hidden = default_hidden(width) if hidden is None else hidden
         self.dim, self.width, self.positions = dim, width, positions
-        self.head_dim, self.rope_base = width // heads, rope_base
-        self.embed = nn.Linear(dim, width, bias=False)
+        self.attention = attention
+        self.embed = nn.Linear(dim, width, bias=False) if embed is None else embed
         self.estimate_embed = nn.Linear(dim, width, bias=False) if self_conditioning else None
         self.level_embedding = LevelEmbedding(width)
         # The embedding of role `next` is zero by construction, which leaves a causal model untouched; this is role `own`.
         self.own_role = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, hidden, dropout) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        blocks = []
+        for _ in range(depth):
+            heads_of_block = Attention(
+                width,
+                heads,
+                kv_heads,
+                head_dim=head_dim,
+                bias=qkv_bias,
+                out_bias=out_bias,
+                qk_norm=norm if qk_norm else None,
+                dropout=attention_dropout,
+            )
+            blocks.append(Block(width, hidden, heads_of_block, norm, feed_forward, dropout))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm.build(width)
+        self.rotary = None if rotary is None else RotaryTable(rotary, head_dim or width // heads)
+        self.position_embedding = nn.Embedding(positions, width) if rotary is None else None
         self._initialise()
 
     @property
@@ -125,6 +161,10 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         nn.init.normal_(self.own_role, std=0.02)
         if self.estimate_embed is not None:
             nn.init.zeros_(self.estimate_embed.weight)
@@ -149,28 +189,34 @@ class Transformer(nn.Module):
         Args:
             mask: who sees whom; None is `Causal()`.
             own: bool (N,) or (B, N), True where a position speaks of its own token, False where of the next; None is nowhere.
-            estimate: (B, N, D) what an earlier evaluation took the clean latents for (self-conditioning, Chen et al. 2022); None is nothing,
-                and nothing is taken of it where the level is 0.
+            estimate: (B, N, D) what an earlier evaluation took the clean latents for (self-conditioning, Chen et al. 2022); None is
+                nothing, and nothing is taken of it where the level is 0.
             cache: keys and values of earlier positions, seen by these, which stand behind them.
             store: add the keys and values of these positions to the cache.
 
         Raises:
             ValueError: if the tokens reach past the last position, or for an estimate that this network has no input for.
         """
-        count, device = latents.shape[1], latents.device
-        past = cache.length if cache is not None else 0
-        if cache is not None:
-            queries, keys = cache.positions(past, past + count), cache.positions(0, past + count)
-        else:
-            queries = keys = range(count)
-        if past + count > self.positions:
+        count = latents.shape[1]
+        keys = count if cache is None else cache.length + count
+        if keys > self.positions:
             raise ValueError(
-                f"{past + count} positions (BOS included) do not fit this model's {self.positions}: "
+                f"{keys} positions do not fit this model's {self.positions}: "
                 "shorten the sequence, or build it with a larger context"
             )
-        lowered = lower(Causal() if mask is None else mask, queries, keys, device)
+        pattern = Pattern(
+            mask=Causal() if mask is None else mask,
+            queries=0 if cache is None else cache.positions(count),
+            count=count,
+            keys=keys,
+            batch=len(latents),
+            device=latents.device,
+            ends=None if cache is None else cache.ends(count),
+        )
+        attend = Attend(self.attention, pattern)
         # The residual stream keeps the dtype of the weights, also where autocast narrows what flows into it.
-        x = self.embed(latents.to(self.embed.weight.dtype)).to(self.norm.weight.dtype) + self.level_embedding(level)
+        dtype = self.norm.weight.dtype
+        x = self.embed(latents.to(dtype)).to(dtype) + self.level_embedding(level)
         if own is not None:
             x = x + own.unsqueeze(-1) * self.own_role
         if estimate is not None:
@@ -179,10 +225,13 @@ class Transformer(nn.Module):
             # A realised token is known; nothing is estimated of it.
             estimate = torch.where((level > 0).unsqueeze(-1), estimate, 0.0).to(self.estimate_embed.weight.dtype)
             x = x + self.estimate_embed(estimate)
-        angles = rotary_angles(as_positions(queries, device), self.head_dim, self.rope_base, level.dtype).unsqueeze(1)
-        rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        positions, rotation = pattern.positions, None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        if self.rotary is not None:
+            rotation = self.rotary(positions, level.dtype, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, lowered, cache, layer, store)
+            x = block(x, rotation, attend, cache, layer, store)
         if cache is not None and store:
             cache.advance(count)
         return self.norm(x)

@@ -5,7 +5,7 @@ Nothing here knows of the rest of the library: a head takes tensors and returns 
 
 from evo.heads.decoder import Decoder, LinearDecoder, NearestNeighborDecoder
 from evo.heads.prior import NucleusPrior
-from evo.heads.readout import Readout
+from evo.heads.readout import LinearReadout, Readout, TiedReadout
 from evo.heads.timestep import EntropyTimestep, FixedTimestep, TimestepHead
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "EntropyTimestep",
     "FixedTimestep",
     "LinearDecoder",
+    "LinearReadout",
     "NearestNeighborDecoder",
     "NucleusPrior",
     "Readout",
+    "TiedReadout",
     "TimestepHead",
 ]

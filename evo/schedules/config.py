@@ -37,12 +37,12 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
     """
     options = {k: from_config(v) if isinstance(v, Mapping) else v for k, v in config.items() if k != "name"}
     name = config.get("name")
-    if name not in KNOWN:
+    if not isinstance(name, str) or name not in KNOWN:
         raise ValueError(
             f"schedule {name!r} is not one of {', '.join(KNOWN)}. Build a schedule of your own in Python and hand over "
             "the object."
         )
     try:
         return KNOWN[name](**options)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"schedule {name!r} does not take the options {options}: {error}.") from error

@@ -34,8 +34,11 @@ INTERVALS = 4096
 class HasRadius(Protocol):
     """What `InformationUniform.of` reads of a latent space."""
 
-    weight: Tensor
-    radius: float
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def radius(self) -> float: ...
 
 
 def readable_information(log_snr: Tensor, *, radius: float, vocab_size: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from evo.core.files import sha256, sync, write_json
 from evo.training.state import TrainState
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -41,6 +41,8 @@ def save(folder: Path, state: TrainState, *, corpus: str, keep: int) -> Path:
         save_model(state.model, str(temporary / "model.safetensors"))
         save_model(state.ema.model, str(temporary / "ema.safetensors"))
         save_file(_moments(state), temporary / "optimizer.safetensors")
+        save_model(state.clock, str(temporary / "clock.safetensors"))
+        save_model(state.extremes, str(temporary / "extremes.safetensors"))
         save_file(_random_states(), temporary / "random.safetensors")
         files = sorted(temporary.iterdir())
         facts = {
@@ -129,6 +131,8 @@ def _load(path: Path, state: TrainState) -> None:
     try:
         load_model(state.model, path / "model.safetensors")
         load_model(state.ema.model, path / "ema.safetensors")
+        load_model(state.clock, path / "clock.safetensors")
+        load_model(state.extremes, path / "extremes.safetensors")
     except RuntimeError as error:
         raise CheckpointError(f"{path} holds a model of another shape: {error}") from error
     moments: dict[str, dict[str, Tensor]] = {}

@@ -62,7 +62,9 @@ class CurriculumConfig:
     path: Literal["early_stop", "late_start", "full"] = "early_stop"
     """How levels fall from where a token is sketched to 0, in training and in evaluation."""
     explore: float = 0.5
-    """Share of sequences whose levels are random; the others take the levels of the timestep head."""
+    """Share of sequences whose levels are random at the first step; the others take the levels of the timestep head."""
+    explore_floor: float = 0.5
+    """The same at the last step; it falls linearly."""
     # Of an untrained model a timestep head learns that the flow, whose weight is capped, is cheap; it goes to level 1, where
     # the gradient in the level is nearly nothing but noise, and stays there.
     explore_alone: float = 0.2
@@ -81,6 +83,14 @@ class CurriculumConfig:
     """Share of the run over which the auxiliary weight falls linearly to its floor."""
     label_smoothing: float = 0.1
     """Of the auxiliary cross-entropies alone; the bound is never smoothed."""
+    causal: float = 0.0
+    """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads; 0 makes that pass noisy."""
+    self_conditioning: float = 0.5
+    """Share of sequences refined with the network's own earlier estimate, where the model takes one."""
+    importance: bool = True
+    """Measure the flow where its integrand has been found to live, instead of evenly over the clock."""
+    compare_ends: bool = True
+    """Compare what the head's levels cost with level 0 and with level 1, and move them towards an end that is better."""
     weight_cap: float = 50.0
     """Largest weight of the flow's error at a level, in training; in evaluation there is no limit."""
     level_entropy: float = 0.01
@@ -89,7 +99,7 @@ class CurriculumConfig:
     """Price λ of the mean level in nats a token; more makes refinement rarer."""
 
     def __post_init__(self) -> None:
-        for name in ("explore", "explore_alone", "window", "auxiliary_share"):
+        for name in ("explore", "explore_floor", "explore_alone", "window", "auxiliary_share", "self_conditioning"):
             _check(0 <= getattr(self, name) <= 1, f"curriculum.{name}", getattr(self, name), "a share in [0, 1]")
         _check(self.weight_cap > 0, "curriculum.weight_cap", self.weight_cap, "a positive weight")
         _check(self.level_noise >= 0, "curriculum.level_noise", self.level_noise, "0 or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evo.core import Exploration, Objective
+from evo.core import ClockDensity, Exploration, Extremes, Objective
 from evo.schedules import Path, early_stop, full, late_start
 from evo.training.config import CurriculumConfig
 from evo.training.seeds import Purpose, generator
@@ -13,18 +13,31 @@ from evo.training.seeds import Purpose, generator
 PATHS: dict[str, Path] = {"early_stop": early_stop, "late_start": late_start, "full": full}
 
 
-def objective(config: CurriculumConfig, step: int, steps: int) -> Objective:
-    """The objective of step `step` (from 0) of `steps`: auxiliary weight and level noise fall as the run goes on."""
+def objective(
+    config: CurriculumConfig,
+    step: int,
+    steps: int,
+    clock: ClockDensity | None = None,
+    extremes: Extremes | None = None,
+) -> Objective:
+    """The objective of step `step` (from 0) of `steps`: auxiliary weight, exploration and level noise fall as the run goes on.
+
+    `clock` and `extremes` are what a run has found so far, each used if `config` asks for it.
+    """
     progress = step / max(1, steps - 1)
     fallen = min(1.0, progress / config.auxiliary_share) if config.auxiliary_share else 1.0
     return Objective(
+        causal_weight=config.causal,
+        self_conditioning=config.self_conditioning,
+        clock=clock if config.importance else None,
+        extremes=extremes if config.compare_ends else None,
         aux_weight=_between(config.auxiliary, config.auxiliary_floor, fallen),
         entropy_weight=config.level_entropy,
         level_price=config.level_price,
         label_smoothing=config.label_smoothing,
         weight_cap=config.weight_cap,
         exploration=Exploration(
-            share=1.0 if progress < config.explore_alone else config.explore,
+            share=1.0 if progress < config.explore_alone else _between(config.explore, config.explore_floor, progress),
             noise=_between(config.level_noise, config.level_noise_floor, progress),
         ),
     )

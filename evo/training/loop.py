@@ -100,7 +100,7 @@ def train_step(config: TrainConfig, state: TrainState, corpus: Corpus, meter: Me
     count = config.accumulate * config.batch_size
     tokens = corpus.batch(config.seed, step, count, config.length)
     prompts, ends = windows(config.curriculum.window, config.seed, step, count, config.length)
-    asked = objective(config.curriculum, step, config.steps)
+    asked = objective(config.curriculum, step, config.steps, state.clock, state.extremes)
     scored = int(ends.sum())
     in_bytes = int(((tokens < BOS) & (torch.arange(config.length) < ends[:, None])).sum())
     torch.manual_seed(derive(config.seed, Purpose.DROPOUT, step))

@@ -1,0 +1,122 @@
+"""The paper's variants (its tables of ablations) and ours, each a composition of public parts.
+
+A variant says which model is built and which levels it trains at. In evaluation its own levels are those of its head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from benchmarks.ablation.parts import OwnReadout, TwoModules, WithoutTime
+from evo import Evo, EvoConfig
+from evo.heads import EntropyTimestep, FixedTimestep
+from evo.schedules import InformationUniform, Learned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the run, with an optimizer and a rate of its own; it begins with the averaged weights of the one before.
+
+    Args:
+        share: of the budget.
+        levels: that training is at; None explores around those of the head.
+        prepare: what is done to the model before, such as freezing.
+    """
+
+    share: float = 1.0
+    levels: float | None = None
+    prepare: Callable[[Evo], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to be Evo.
+
+    Args:
+        about: what sets it apart, for tables.
+        build: the model of a config.
+        phases: what it is trained on, in turn; shares add up to 1.
+    """
+
+    about: str
+    build: Callable[[EvoConfig], Evo] = EvoConfig.build
+    phases: tuple[Phase, ...] = (Phase(),)
+
+
+def with_parts(base: Evo, **other: nn.Module) -> Evo:
+    """A model of the parts of `base`, some of them exchanged."""
+    parts: dict[str, nn.Module] = {
+        "latent_space": base.latent_space,
+        "backbone": base.backbone,
+        "schedule": base.schedule,
+        "timestep_head": base.timestep_head,
+        "readout": base.readout,
+    }
+    return Evo(**{**parts, **other})  # pyright: ignore[reportArgumentType]
+
+
+def fixed(value: float) -> Variant:
+    """One level for every token, in training and after."""
+    return Variant(
+        about=f"t ≡ {value:g}",
+        build=lambda config: with_parts(config.build(), timestep_head=FixedTimestep(value)),
+        phases=(Phase(levels=value),),
+    )
+
+
+def freeze_autoregression(model: Evo) -> None:
+    """Keep what an autoregressive model is made of as it is; left to learn are level, role, readout and head."""
+    for part in (model.latent_space, model.backbone.embed, model.backbone.blocks, model.backbone.norm):
+        part.requires_grad_(False)
+    model.bos.requires_grad_(False)
+
+
+def _without_time(config: EvoConfig) -> Evo:
+    base = config.build()
+    return with_parts(base, backbone=WithoutTime(base.backbone))
+
+
+def _two_modules(config: EvoConfig) -> Evo:
+    base = config.build()
+    return with_parts(base, backbone=TwoModules(base.backbone, config.build().backbone))
+
+
+def _no_shared_embeddings(config: EvoConfig) -> Evo:
+    return with_parts(config.build(), readout=OwnReadout(config.width, config.vocab_size))
+
+
+def _information_uniform(config: EvoConfig) -> Evo:
+    base = config.build()
+    return with_parts(base, schedule=InformationUniform.of(base.latent_space))
+
+
+AUTOREGRESSION_FIRST = Phase(share=0.5, levels=0.0)
+
+VARIANTS: Mapping[str, Variant] = {
+    "learned": Variant(about="learned t, as Evo is"),
+    "t0": fixed(0.0),
+    "t0.5": fixed(0.5),
+    "t1": fixed(1.0),
+    "entropy": Variant(
+        about="t from the entropy of the context",
+        build=lambda config: with_parts(config.build(), timestep_head=EntropyTimestep()),
+    ),
+    "no-time": Variant(about="no time conditioning", build=_without_time),
+    "two-modules": Variant(about="a backbone for each half", build=_two_modules),
+    "no-shared-embeddings": Variant(about="an output matrix of its own", build=_no_shared_embeddings),
+    "pretrained": Variant(about="half of the budget as t ≡ 0 first", phases=(AUTOREGRESSION_FIRST, Phase(share=0.5))),
+    "frozen": Variant(
+        about="the same, then the autoregressive backbone frozen",
+        phases=(AUTOREGRESSION_FIRST, Phase(share=0.5, prepare=freeze_autoregression)),
+    ),
+    "self-conditioned": Variant(
+        about="self-conditioning", build=lambda config: replace(config, self_conditioning=True).build()
+    ),
+    "schedule-learned": Variant(
+        about="learned schedule", build=lambda config: with_parts(config.build(), schedule=Learned())
+    ),
+    "schedule-information": Variant(about="information-uniform schedule", build=_information_uniform),
+}

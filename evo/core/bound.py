@@ -1,0 +1,224 @@
+"""The bound on -log p(X), in its three parts.
+
+    sketch          CE(pi, x) - CE(pi + l, x)                        what the causal half codes, up to the level t of each token
+    flow            1/2 int -SNR'(tau) (-dtau/dc) E|e(x) - x̂|² dc    what the flow codes, from t down to t_min
+    reconstruction  CE(p(·|z at t_min), x)                           what is left to be said there
+
+A token whose level is at most t_min is realised at once: CE(pi, x) and nothing else.
+
+B batch, N tokens, V vocabulary, D latent dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evo.core.clock import ClockDensity
+from evo.core.denoiser import Denoised, Denoiser
+from evo.schedules import Path
+
+if TYPE_CHECKING:
+    from evo.core.model import Evo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Token sequences and what is known of them.
+
+    Attributes:
+        tokens: ids, (B, N).
+        present: bool (B, N), False behind the end of a sequence.
+        prompt: (B,) how many tokens of each are prompt: level 0, seeing only what precedes them.
+        end: (B,) how many tokens each has.
+    """
+
+    tokens: Tensor
+    present: Tensor
+    prompt: Tensor
+    end: Tensor
+
+    def take(self, rows: Tensor | slice) -> Batch:
+        """The sequences of the given rows."""
+        return Batch(tokens=self.tokens[rows], present=self.present[rows], prompt=self.prompt[rows], end=self.end[rows])
+
+    @property
+    def free(self) -> Tensor:
+        """Bool (B, N): present and not prompt, the tokens whose level is not 0 from the outset."""
+        return self.present & (torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.prompt[:, None])
+
+
+def cross_entropy(log_probs: Tensor, tokens: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy in nats of log-probabilities (B, N, V) against tokens (B, N), a share of them smoothed over all V: (B, N)."""
+    nll = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.lerp(nll, -log_probs.mean(-1), smoothing) if smoothing else nll
+
+
+class Flow(NamedTuple):
+    """The flow of a batch, measured at one value of the clock a sequence.
+
+    Attributes:
+        bits: an estimate of the integral, nats, (B, N).
+        integrand: nats per unit of clock, (B, N), without gradient.
+        remaining: how much of the clock was left, (B,).
+        denoised: the state behind it.
+    """
+
+    bits: Tensor
+    integrand: Tensor
+    remaining: Tensor
+    denoised: Denoised
+
+
+class Sketch:
+    """One sketch of a batch, from which the three parts of the bound are read.
+
+    Its noise is drawn once: a latent at a lower level continues the latent at t (the bridge), which is what keeps the sum a bound
+    when levels are computed from latents.
+
+    Args:
+        model: the model.
+        batch: the tokens.
+        levels: t, (B, N).
+        noise: standard normal, (B, N, D).
+    """
+
+    def __init__(self, model: Evo, batch: Batch, levels: Tensor, noise: Tensor) -> None:
+        self.model, self.batch, self.noise, self.schedule = model, batch, noise, model.schedule
+        self.denoiser = Denoiser.of(model.latent_space, model.schedule)
+        self.clean = F.embedding(batch.tokens, self.denoiser.embeddings).to(noise.dtype)
+        self.levels = realised_below(levels, self.schedule.t_min, batch)
+        self.live = self.levels > 0
+        self.latents = self._noised(noise, self.levels)
+        self.hidden = model.sketch(self.latents, self.levels)
+        self.context_logits = model.readout(self.hidden, self.denoiser.embeddings).to(noise.dtype)
+        self._context_log_probs: Tensor | None = None
+
+    @property
+    def context_log_probs(self) -> Tensor:
+        """What the causal half says, in nats, (B, N, V); a sketch made only to ask the head does not need it."""
+        # Not a `cached_property`: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+        if self._context_log_probs is None:
+            self._context_log_probs = self.context_logits.log_softmax(-1)
+        return self._context_log_probs
+
+    def bits(self) -> tuple[Tensor, Tensor]:
+        """Sketch bits, and the causal cross-entropy CE(pi, x) they are a part of: nats, (B, N) each."""
+        causal = cross_entropy(self.context_log_probs, self.batch.tokens)
+        posterior = self.denoiser.log_posterior(self.context_logits, self.latents, self.levels)
+        left = torch.where(self.live, cross_entropy(posterior, self.batch.tokens), 0.0)
+        return (causal - left) * self.batch.present, causal * self.batch.present
+
+    def flow_bits(
+        self,
+        path: Path,
+        clock: Tensor,
+        generator: torch.Generator | None,
+        *,
+        density: ClockDensity | None = None,
+        weight_cap: float | None = None,
+        self_conditioning: float = 1.0,
+    ) -> Flow:
+        """The flow measured at one clock value a sequence.
+
+        Args:
+            path: how levels fall.
+            clock: (B,) uniform in [0, 1), where on the stretch of the clock in which any token of the sequence moves.
+            generator: of the noise.
+            density: turns `clock` into values drawn where the integrand lives; None leaves them uniform.
+            weight_cap: largest weight of an error; None is no limit, which alone is unbiased.
+            self_conditioning: share of the sequences that are refined with an estimate, if the network takes one.
+        """
+        begin, end = (x.detach() for x in path.stretch(self.levels, self.schedule.t_min))
+        length = end - begin
+        remaining, spread = (length * (1 - clock), length) if density is None else density(1 - clock, length)
+        level, rate = path.at(self.levels, end - remaining, self.schedule.t_min)
+        level = torch.where(self.live, level, 0.0)
+        denoised = self._refine(self._bridged(level, generator), level, self_conditioning)
+        rate = -0.5 * self.schedule.d_snr(level.clamp(min=self.schedule.t_min)) * rate
+        weight = rate * spread.unsqueeze(-1)
+        if weight_cap is not None:
+            weight = weight.clamp(max=weight_cap)
+        error = torch.where(self.live, (self.clean - denoised.latents).square().sum(-1), 0.0)
+        return Flow(bits=weight * error, integrand=(rate * error).detach(), remaining=remaining, denoised=denoised)
+
+    def reconstruction(self, generator: torch.Generator | None, *, network: bool) -> Tensor:
+        """CE(p(·|z at t_min), x): nats, (B, N). Of the network, or (as valid, and without a pass) of the evidence alone."""
+        level = self.live * torch.full_like(self.levels, self.schedule.t_min)
+        latents = self._bridged(level, generator)
+        if network:
+            log_probs = self._refine(latents, level).log_probs
+        else:
+            log_probs = self.denoiser.log_posterior(None, latents, level)
+        return torch.where(self.live, cross_entropy(log_probs, self.batch.tokens), 0.0)
+
+    def _noised(self, noise: Tensor, level: Tensor) -> Tensor:
+        """Latents at a level; where it is 0, the embeddings themselves, bit for bit."""
+        return torch.where((level > 0).unsqueeze(-1), self.schedule.noised(self.clean, noise, level), self.clean)
+
+    def _bridged(self, level: Tensor, generator: torch.Generator | None) -> Tensor:
+        fresh = standard_normal(self.noise.shape, self.noise, generator)
+        return self._noised(self.schedule.bridge(self.noise, self.levels, level, fresh), level)
+
+    def _refine(self, latents: Tensor, level: Tensor, self_conditioning: float = 1.0) -> Denoised:
+        if not self.model.self_conditioned:
+            return self._denoise(self.batch, latents, level)
+        # Which sequences is a matter of their place alone, evenly spread, so that nothing waits to learn how many they are.
+        places = torch.arange(len(latents), device=latents.device)
+        count = round(self_conditioning * len(latents))
+        chosen = places * count // len(latents) != (places + 1) * count // len(latents)
+        rows = chosen.nonzero_static(size=count).squeeze(1)
+        estimate = torch.zeros_like(latents)
+        if count:
+            with torch.no_grad():
+                first = self._denoise(self.batch.take(rows), latents[rows], level[rows])
+            estimate[rows] = first.latents
+        return self._denoise(self.batch, latents, level, estimate)
+
+    def _denoise(self, batch: Batch, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Denoised:
+        hidden = self.model.refine(latents, level, prompt=batch.prompt, end=batch.end, estimate=estimate)
+        return self.denoiser(self.model.readout(hidden, self.denoiser.embeddings), latents, level)
+
+
+def realised_below(levels: Tensor, t_min: float, batch: Batch) -> Tensor:
+    """Levels (B, N) with exact zeros where a token is prompt or absent, or its level is at most t_min."""
+    return torch.where(batch.free & (levels > t_min), levels, 0.0)
+
+
+def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise on the device of `like`, in its dtype or float32, whichever is wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    # Not `randn`, which with a generator takes no lengths that torch.compile keeps symbolic; the numbers are the same.
+    return torch.empty(shape, device=like.device, dtype=dtype).normal_(generator=generator)
+
+
+def clock_values(batch: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One clock value a sequence, (B,), uniform in [0, 1), low-discrepancy over the batch.
+
+    Steps of the golden ratio from a common random offset: every run of neighbours covers the clock, not only the whole batch.
+    """
+    offset = torch.rand(1, generator=generator, device=like.device, dtype=like.dtype)
+    return (offset + torch.arange(batch, device=like.device, dtype=like.dtype) * 0.6180339887498949) % 1.0
+
+
+@torch.no_grad()
+def learned_levels(model: Evo, batch: Batch, noise: Tensor, snap: float = 0.0) -> Tensor:
+    """The levels that a position-by-position sketch with this noise would choose, (B, N), found in parallel.
+
+    t_i depends on z_<i, so after round k the first k levels are exact; rounds are repeated until nothing changes, which
+    takes few in practice and N at most. Levels below `snap` become 0.
+    """
+    levels = noise.new_zeros(batch.tokens.shape)
+    tolerance = 16 * torch.finfo(noise.dtype).eps
+    for _ in range(batch.tokens.shape[1]):
+        sketch = Sketch(model, batch, levels, noise)
+        proposed = model.timestep_head(sketch.hidden, sketch.context_logits)
+        proposed = realised_below(torch.where(proposed < snap, 0.0, proposed), model.schedule.t_min, batch)
+        if (proposed - levels).abs().max() <= tolerance:
+            return proposed
+        levels = proposed
+    return levels
