@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from evo import Evo
-from evo.core.generation import Prompted
+from evo.core.prompted import Prompted
 from evo.interop import from_pretrained
 
 

@@ -14,7 +14,8 @@ import torch
 from _harness import compare, describe_machine, keep_memory, parser, table, write_json
 
 from evo import Evo
-from evo.core.generation import Prompted, Request, SketchedWindow, refine
+from evo.core.prompted import Prompted
+from evo.core.refinement import Request, SketchedWindow, refine
 from evo.heads import FixedTimestep, LinearDecoder, NucleusPrior
 from evo.schedules import early_stop
 from evo.solvers import Euler

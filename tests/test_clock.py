@@ -89,8 +89,8 @@ def test_impossible_densities_are_refused(options):
 
 def test_the_flow_of_a_model_is_the_same_in_expectation_and_of_smaller_variance():
     """On the model's own integrand: bits measured at importance-sampled clock values against uniform ones."""
-    from evo.core.contract import as_batch
     from evo.core.bound import Sketch
+    from evo.core.contract import as_batch
 
     model = random_model()
     tokens = torch.randint(0, model.latent_space.vocab_size, (400, 6), generator=generator(3))

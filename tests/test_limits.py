@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evo.core.bound import learned_levels
 from evo.core.contract import as_batch
 from evo.core.evaluation import measure
-from evo.core.generation import Prompted
-from evo.core.bound import learned_levels
+from evo.core.prompted import Prompted
 from evo.heads import FixedTimestep
 from evo.schedules import by_order, early_stop, full, late_start
 from evo.solvers import Euler, Exponential

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import evo
 from evo import Objective
 from evo.core import Exploration
+from evo.core.bound import Sketch, clock_values
 from evo.core.contract import as_batch
 from evo.core.levels import random_levels, usage_entropy, with_logistic_noise
-from evo.core.bound import Sketch, clock_values
 from evo.schedules import Path, early_stop, full, late_start
 from evo.schedules.config import KNOWN
 from tests.conftest import generator, random_model
@@ -78,9 +78,7 @@ def test_sequences_of_different_shapes_do_not_meet(seed):
             noise[here, :size],
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "evo.core.bound.standard_normal", lambda *_, row=row, size=size: fresh[row : row + 1, :size]
-            )
+            patch.setattr("evo.core.bound.standard_normal", lambda *_, row=row, size=size: fresh[row : row + 1, :size])
             expected = alone.flow_bits(early_stop, clock[here], None).denoised.log_probs
         torch.testing.assert_close(
             logits[here, int(prompt[row]) : size], expected[:, int(prompt[row]) :], rtol=0, atol=1e-10

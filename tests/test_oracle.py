@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evo.core.bound import Batch
 from evo.core.evaluation import measure
 from evo.core.latent_space import evidence_query, evidence_table
-from evo.core.bound import Batch
 from evo.core.objective import Output
 from evo.schedules import Cosine, Path, early_stop, full, late_start
 from evo.testing import EnumeratedTokens

@@ -8,7 +8,7 @@ from evo.core.config import PRESETS, EvoConfig
 from evo.core.denoiser import Denoised, Denoiser, VectorField
 from evo.core.evaluation import Evaluation, evaluate
 from evo.core.extremes import Extremes
-from evo.core.generation import Generation, Steps
+from evo.core.generation import Generation
 from evo.core.latent_space import Embeddings, LatentSpace
 from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU
 from evo.core.levels import Exploration
@@ -17,6 +17,7 @@ from evo.core.model import Evo
 from evo.core.objective import Objective, Output
 from evo.core.pattern import Pattern
 from evo.core.pretrained import PretrainedVocabulary
+from evo.core.refinement import Steps
 from evo.core.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 from evo.core.transformer import Transformer
 

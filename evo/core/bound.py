@@ -102,9 +102,10 @@ class Sketch:
     def context_log_probs(self) -> Tensor:
         """What the causal half says, in nats, (B, N, V); a sketch made only to ask the head does not need it."""
         # Not a `cached_property`: before Python 3.12 it takes a lock, which torch.compile cannot trace.
-        if self._context_log_probs is None:
-            self._context_log_probs = self.context_logits.log_softmax(-1)
-        return self._context_log_probs
+        found = self._context_log_probs
+        if found is None:
+            found = self._context_log_probs = self.context_logits.log_softmax(-1)
+        return found
 
     def bits(self) -> tuple[Tensor, Tensor]:
         """Sketch bits, and the causal cross-entropy CE(pi, x) they are a part of: nats, (B, N) each."""

@@ -92,7 +92,7 @@ class VectorField:
     self_conditioned: bool = False
 
     def denoise(self, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Denoised:
-        """Log-posterior and denoised latents of (B, N, D) at levels (B, N), given an earlier estimate or none: one evaluation of the network."""
+        """Log-posterior and denoised latents of (B, N, D) at levels (B, N), given an earlier estimate (B, N, D) or none: one evaluation."""
         given = (latents, level) if estimate is None else (latents, level, estimate)
         return self.denoiser(self.network(*given), latents, level)
 

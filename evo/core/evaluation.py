@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evo.core.contract import as_batch, as_levels, as_mask
 from evo.core.bound import Batch, Sketch, learned_levels, standard_normal
+from evo.core.contract import as_batch, as_levels, as_mask
 from evo.core.objective import Output
 from evo.schedules import Path, early_stop
 

@@ -18,10 +18,12 @@ from evo.core.config import EvoConfig, preset
 from evo.core.contract import as_batch, as_levels, as_mask, as_prompt, as_row_solver, as_stop, check_tokens, looks
 from evo.core.denoiser import Denoiser, VectorField
 from evo.core.evaluation import evaluating, measure
-from evo.core.generation import Generation, Prompted, Request, generate
+from evo.core.generation import Generation, generate
 from evo.core.latent_space import Embeddings
 from evo.core.masks import Causal, Window
 from evo.core.objective import DEFAULT_OBJECTIVE, Objective, Output, training_step
+from evo.core.prompted import Prompted
+from evo.core.refinement import Request
 from evo.core.serialization import load_pretrained, save_pretrained
 from evo.core.transformer import Transformer
 from evo.heads import Decoder, LinearDecoder, NucleusPrior, Readout, TimestepHead

@@ -1,0 +1,79 @@
+"""A model that has read something and can go on.
+
+B batch, P prompt tokens, N tokens, V vocabulary, D latent dimension, W width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evo.core.cache import Cache
+from evo.core.denoiser import Denoiser, VectorField
+from evo.core.masks import Causal, Window
+
+if TYPE_CHECKING:
+    from evo.core.model import Evo
+
+
+class Prompted:
+    """A model that has read something and can go on: the state between two windows.
+
+    `cache` holds BOS (if it is attended) and every token so far, clean; `hidden` (B, 1, W) is the state that speaks of the next token.
+    """
+
+    def __init__(self, model: Evo, prompt: Tensor, lengths: Tensor | None, room: int) -> None:
+        self.model = model
+        self.denoiser = Denoiser.of(model.latent_space, model.schedule)
+        size = prompt.shape[1]
+        latents = self.denoiser.embeddings[prompt]
+        latents, level = model.behind_bos(latents, torch.zeros_like(latents[..., 0]))
+        self.cache = Cache(max(1, latents.shape[1] + room))
+        self.noise_dtype = torch.promote_types(latents.dtype, torch.float32)
+        if not latents.shape[1]:
+            self.hidden = model.first_hidden(len(prompt))
+            return
+        hidden = self._read(latents, level)
+        self.hidden = hidden[:, -1:]
+        if lengths is not None and bool((lengths != size).any()):
+            # What was read of the padding is taken back; nothing before it saw it.
+            self.cache.rewind(size - lengths)
+            last = model.bos_slots + lengths - 1
+            self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), last.clamp(min=0)].unsqueeze(1)
+            if not model.bos_slots:
+                empty = (lengths == 0)[:, None, None]
+                self.hidden = torch.where(empty, model.first_hidden(len(prompt)), self.hidden)
+
+    @property
+    def position(self) -> int | Tensor:
+        """Where the next token stands in its sequence: int, or (B,) where sequences differ."""
+        return self.cache.lengths
+
+    def speak(self) -> Tensor:
+        """Context logits (B, V) of the next token."""
+        return self.model.readout(self.hidden, self.denoiser.embeddings)[:, 0]
+
+    def read(self, latents: Tensor, level: Tensor) -> None:
+        """Append tokens, as latents (B, n, D) at levels (B, n)."""
+        self.hidden = self._read(latents, level)[:, -1:]
+
+    def forget(self, count: int | Tensor) -> None:
+        """Take back the last `count` tokens, int or (B,); something must be read before the next token is spoken of."""
+        self.cache.rewind(count)
+
+    def field(self, length: Tensor | None = None) -> VectorField:
+        """The flow of a window behind what has been read. `length` (B,) is how many of its tokens are present; None is all."""
+        # Whoever asks stands in the window, so that nothing is prompt to them.
+        mask, cache = Window(0, None if length is None else self.position + length), self.cache
+
+        def network(latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
+            own = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)
+            hidden = self.model.backbone(latents, level, mask=mask, own=own, estimate=estimate, cache=cache)
+            return self.model.readout(hidden, self.denoiser.embeddings)
+
+        return VectorField(network, self.denoiser, self.model.self_conditioned)
+
+    def _read(self, latents: Tensor, level: Tensor) -> Tensor:
+        return self.model.backbone(latents, level, mask=Causal(), cache=self.cache, store=True)
