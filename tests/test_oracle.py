@@ -26,6 +26,7 @@ class Oracle:
     def __init__(self, distribution: EnumeratedTokens) -> None:
         self.distribution, self.schedule = distribution, distribution.schedule
         embeddings = distribution.embeddings
+        self.bos, self.self_conditioned = embeddings[0], False
         self.latent_space = SimpleNamespace(weight=embeddings, directions=embeddings, dim=embeddings.shape[1])
 
     def sketch(self, latents: Tensor, level: Tensor) -> Tensor:

@@ -46,6 +46,9 @@ def small_run(folder: Path, name: str, **changes) -> TrainConfig:
     return TrainConfig(**(options | changes))
 
 
+KEPT = ("model", "ema", "optimizer", "clock", "extremes", "random")
+
+
 def outcome(run: Path):
     """All that a run leaves, times aside: tensors of its last checkpoint, and its metrics."""
     last = checkpoints(run / "checkpoints")[-1]
@@ -60,7 +63,7 @@ def outcome(run: Path):
 def assert_same_outcome(one: Path, other: Path):
     (name, tensors, records, models), expected = outcome(one), outcome(other)
     assert (name, records, models) == (expected[0], expected[2], expected[3])
-    assert tensors.keys() == expected[1].keys() == {f"{x}.safetensors" for x in ("model", "ema", "optimizer", "random")}
+    assert tensors.keys() == expected[1].keys() == {f"{x}.safetensors" for x in KEPT}
     for file, values in tensors.items():
         assert values.keys() == expected[1][file].keys()
         for key, value in values.items():

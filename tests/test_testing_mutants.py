@@ -363,9 +363,15 @@ class Overhears(Evo):
     """The prompt sees the window."""
 
     def refine(
-        self, latents: Tensor, level: Tensor, *, prompt: Tensor | None = None, end: Tensor | None = None
+        self,
+        latents: Tensor,
+        level: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        end: Tensor | None = None,
+        estimate: Tensor | None = None,
     ) -> Tensor:
-        return super().refine(latents, level, end=end)
+        return super().refine(latents, level, end=end, estimate=estimate)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evo.core import Evo
+from evo.core import ClockDensity, Evo, Extremes
 from evo.training import (
     CurriculumConfig,
     Ema,
@@ -161,6 +161,7 @@ def test_the_objective_anneals():
         level_noise=2.0,
         level_noise_floor=1.0,
         explore=0.3,
+        explore_floor=0.1,
         explore_alone=0.4,
     )
     asked = [objective(config, step, 101) for step in range(101)]
@@ -168,8 +169,16 @@ def test_the_objective_anneals():
     assert asked[25].aux_weight == pytest.approx(0.5)
     assert [one.aux_weight for one in asked[50:]] == pytest.approx([0.2] * 51)
     assert [asked[k].exploration.noise for k in (0, 50, 100)] == pytest.approx([2.0, 1.5, 1.0])
-    assert [one.exploration.share for one in asked] == [1.0] * 40 + [0.3] * 61
-    assert objective(CurriculumConfig(auxiliary_share=0.0), 0, 10).aux_weight == 0.0
+    assert [one.exploration.share for one in asked[:40]] == [1.0] * 40
+    assert [asked[k].exploration.share for k in (40, 50, 100)] == pytest.approx([0.22, 0.2, 0.1])
+    assert objective(CurriculumConfig(auxiliary_share=0.0), 0, 10).aux_weight == 0.5
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_run_lends_what_it_has_found_to_the_objective_that_asks_for_it(asked):
+    clock, extremes = ClockDensity(), Extremes()
+    given = objective(CurriculumConfig(importance=asked, compare_ends=asked), 0, 10, clock, extremes)
+    assert (given.clock, given.extremes) == ((clock, extremes) if asked else (None, None))
 
 
 @given(a=st.tuples(steps, st.sampled_from(Purpose), steps), b=st.tuples(steps, st.sampled_from(Purpose), steps))

@@ -181,7 +181,8 @@ class Sketch:
         return self._denoise(self.batch, latents, level, estimate)
 
     def _denoise(self, batch: Batch, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Denoised:
-        hidden = self.model.refine(latents, level, prompt=batch.prompt, end=batch.end, estimate=estimate)
+        given = {} if estimate is None else {"estimate": estimate}
+        hidden = self.model.refine(latents, level, prompt=batch.prompt, end=batch.end, **given)
         return self.denoiser(self.model.readout(hidden, self.denoiser.embeddings), latents, level)
 
 

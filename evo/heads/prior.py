@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Prior(Protocol):
+    """What draws tokens: a function of logits (..., V) and one number in [0, 1) for each token (...), giving ids (...).
+
+    Chance comes from outside, so that a token depends on its own logits and its own number, and on nothing else in its batch.
+    """
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +49,32 @@ class NucleusPrior:
         logits = logits / self.temperature
         if self.top_p == 1:
             return logits.log_softmax(-1)
-        sorted_probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        # A token stays while those before it have not yet reached top_p; the first always does.
-        dropped = sorted_probs.cumsum(-1) - sorted_probs >= self.top_p
-        outside = torch.zeros_like(dropped).scatter(-1, order, dropped)
-        return logits.masked_fill(outside, -torch.inf).log_softmax(-1)
+        mass, order = self._nucleus(logits)
+        outside = torch.ones_like(logits, dtype=torch.bool)
+        # A token is inside if it adds to the mass.
+        inside = mass.diff(dim=-1, prepend=torch.zeros_like(mass[..., :1])) > 0
+        return logits.masked_fill(outside.scatter(-1, order, ~inside), -torch.inf).log_softmax(-1)
 
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (..., V) -> token ids (...)."""
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Logits (..., V) and numbers (...) in [0, 1) -> token ids (...), by inversion of the cumulative distribution."""
+        for process in self.processors:
+            logits = process(logits)
         if self.temperature == 0:
-            for process in self.processors:
-                logits = process(logits)
             return logits.argmax(-1)
-        probs = self.log_probs(logits).exp()
-        drawn = torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1, generator=generator)
-        return drawn.reshape(probs.shape[:-1])
+        logits = logits / self.temperature
+        if self.top_p == 1:
+            mass, order = logits.softmax(-1).cumsum(-1), None
+        else:
+            mass, order = self._nucleus(logits)
+        total = mass[..., -1:]
+        # Strictly below the whole mass, also where the product is rounded up: what is found then has a probability above 0.
+        cut = torch.minimum(uniform.unsqueeze(-1) * total, total * (1 - torch.finfo(total.dtype).eps))
+        found = torch.searchsorted(mass, cut, right=True)
+        return (found if order is None else order.gather(-1, found)).squeeze(-1)
+
+    def _nucleus(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens by falling probability: the mass of each and of all before it, which stops growing where the nucleus ends, and ids."""
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        mass = probs.cumsum(-1)
+        # A token stays while those before it have not yet reached top_p; the first always does.
+        return torch.where(mass - probs < self.top_p, mass, mass.new_zeros(())).cummax(-1).values, order

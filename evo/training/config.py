@@ -63,7 +63,7 @@ class CurriculumConfig:
     """How levels fall from where a token is sketched to 0, in training and in evaluation."""
     explore: float = 0.5
     """Share of sequences whose levels are random at the first step; the others take the levels of the timestep head."""
-    explore_floor: float = 0.5
+    explore_floor: float = 0.2
     """The same at the last step; it falls linearly."""
     # Of an untrained model a timestep head learns that the flow, whose weight is capped, is cheap; it goes to level 1, where
     # the gradient in the level is nearly nothing but noise, and stays there.
@@ -77,14 +77,15 @@ class CurriculumConfig:
     """Share of sequences that are a random prefix as prompt and a window of random end behind it."""
     auxiliary: float = 1.0
     """Weight of the auxiliary cross-entropies at the first step."""
-    auxiliary_floor: float = 0.0
+    auxiliary_floor: float = 0.5
     """The same once it has fallen, after `auxiliary_share` of the run."""
     auxiliary_share: float = 0.2
     """Share of the run over which the auxiliary weight falls linearly to its floor."""
     label_smoothing: float = 0.1
     """Of the auxiliary cross-entropies alone; the bound is never smoothed."""
-    causal: float = 0.0
-    """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads; 0 makes that pass noisy."""
+    causal: float = 1.0
+    """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads: it costs a third of a step, and
+    the causal half learns from every token whatever its level. 0 makes that pass a noisy one that nothing is learned from."""
     self_conditioning: float = 0.5
     """Share of sequences refined with the network's own earlier estimate, where the model takes one."""
     importance: bool = True
