@@ -74,7 +74,8 @@ def main() -> None:
                 results += measure(name, mask, length, tensors, gradient, device, arguments.rounds)
                 print(lines(results[-len(BACKENDS) :]), flush=True)
     print(table(HEADER, [row(found) for found in results]))
-    settings = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
+    settings = {**vars(arguments), "device": str(device)}
+    del settings["out"]
     write_json(arguments.out, {"machine": describe_machine(device), "settings": settings, "results": results})
 
 

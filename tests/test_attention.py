@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evo.core import Cache, Causal, Pattern, Sdpa, Transformer, Window
+from evo.core import Cache, Causal, LayerNorm, Pattern, RMSNorm, Sdpa, Transformer, Window
 from evo.core.attention import Attention
 from evo.core.backends import Attend
 from evo.core.rotary import Rotary, RotaryTable, rotate
@@ -108,6 +108,28 @@ def test_narrow_weights_leave_positions_and_levels_distinct():
         exact = narrow.float()(latents, level)
     early, late = ((rounded - exact)[:, part].abs().mean() for part in (slice(0, 250), slice(650, 900)))
     assert late < 1.5 * early
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(), LayerNorm()], ids=["rms", "layer"])
+def test_under_autocast_heads_are_normalised_in_the_precision_of_the_weights(norm):
+    """That is: as if one had rounded the products around the norm, and nothing else."""
+    attention = Attention(32, 4, 2, qk_norm=norm)
+    torch.nn.init.normal_(attention.q_norm.weight)
+    torch.nn.init.normal_(attention.k_norm.weight)
+    x, seen = torch.randn(2, 5, 32, generator=generator()), []
+    pattern = Pattern(mask=Causal(), queries=0, count=5, keys=5, batch=2, device=torch.device("cpu"))
+
+    class Seen(Sdpa):
+        def attend(self, q, k, v, pattern, dropout=0.0):
+            seen.extend([q, k])
+            return super().attend(q, k, v, pattern, dropout)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(x, None, Attend(Seen(), pattern))
+        products = [linear(x).float().unflatten(-1, (-1, 8)) for linear in (attention.q, attention.k)]
+    exact = [attention.q_norm(products[0]), attention.k_norm(products[1])]
+    for found, expected in zip(seen, exact, strict=True):
+        assert torch.equal(found, expected.transpose(1, 2).bfloat16())
 
 
 @given(shift=st.integers(1, 20))

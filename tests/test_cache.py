@@ -149,6 +149,44 @@ def test_a_window_behind_the_cache_has_its_gradient(seed, taken):
         torch.testing.assert_close(found[b : b + 1], expected, rtol=0, atol=1e-11)
 
 
+@given(seed=st.integers(0, 99), taken=st.lists(st.integers(0, 2), min_size=2, max_size=2), prompt=st.integers(0, 3))
+def test_what_is_stored_has_its_gradient_in_the_pass_that_stores_it(seed, taken, prompt):
+    latents, level = inputs(seed, 2, prompt + 4)
+    cache, weights = Cache(2), [block.attention.k.weight for block in BACKBONE.blocks]
+    with torch.no_grad():
+        if prompt:
+            BACKBONE(latents[:, :prompt], level[:, :prompt], cache=cache, store=True)
+            cache.rewind(torch.tensor(taken).clamp(max=prompt))
+    new = latents[:, prompt:].requires_grad_()
+    behind = BACKBONE(new, level[:, prompt:], cache=cache, store=True)
+    found = torch.autograd.grad(behind.sin().sum(), [new, *weights])
+    expected = [torch.zeros_like(x) for x in found]
+    for b in range(2):
+        first = prompt - min(taken[b], prompt)
+        alone = new[b : b + 1].detach().requires_grad_()
+        with torch.no_grad():
+            read = Cache(8)
+            if first:
+                BACKBONE(latents[b : b + 1, :first], level[b : b + 1, :first], cache=read, store=True)
+        out = BACKBONE(alone, level[b : b + 1, prompt:], cache=read)
+        own, *shared = torch.autograd.grad(out.sin().sum(), [alone, *weights])
+        expected[0][b] = own[0]
+        for total, part in zip(expected[1:], shared, strict=True):
+            total += part
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    again = Cache(8)
+    with torch.no_grad():
+        if prompt:
+            BACKBONE(latents[:, :prompt], level[:, :prompt], cache=again, store=True)
+            again.rewind(torch.tensor(taken).clamp(max=prompt))
+        BACKBONE(new, level[:, prompt:], cache=again, store=True)
+    for layer in range(len(BACKBONE.blocks)):
+        for stored, kept in zip(cache.read(layer), again.read(layer), strict=True):
+            assert not stored.requires_grad
+            assert torch.equal(stored, kept)
+
+
 def test_keys_and_values_of_some_tokens_may_be_made_anew():
     """Tokens of a window that have changed, others in each sequence, while the rest of the window keeps its keys and values."""
     cache = Cache(8)
@@ -188,6 +226,11 @@ def test_what_nobody_owns_is_never_nan():
         (lambda cache: cache.rewind(-1), "cannot take back -1"),
         (lambda cache: cache.rewind(torch.tensor([4, 0])), r"cannot take back \[4, 0\] .* have \[3, 3\]"),
         (lambda cache: cache.rewind(torch.tensor([-1, 0])), r"cannot take back \[-1, 0\]"),
+        (lambda cache: cache.rewind(torch.tensor([1, 0, 1])), r"counts have shape \(3,\); this cache needs \(2,\)"),
+        (lambda cache: cache.rewind(torch.tensor(1)), r"counts have shape \(\); this cache needs \(2,\)"),
+        (lambda cache: store(cache, 1, batch=1), r"1 sequences in torch.float32 do not fit a cache of 2"),
+        (lambda cache: store(cache, 1, dtype=torch.bfloat16), r"in torch.bfloat16 do not fit .*autocast"),
+        (lambda cache: cache.join(0, *[torch.zeros(1, HEADS, 1, DIM)] * 2, 3, 4), r"1 sequences .* do not fit"),
         (lambda cache: store(cache, 3), "6 slots are needed, and this cache is limited to 5"),
     ],
 )
@@ -198,7 +241,7 @@ def test_what_a_cache_cannot_do_it_refuses(do, message):
         do(cache)
 
 
-def store(cache: Cache, count: int) -> None:
-    new = torch.zeros(2, HEADS, count, DIM)
+def store(cache: Cache, count: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> None:
+    new = torch.zeros(batch, HEADS, count, DIM, dtype=dtype)
     cache.write(0, new, new, cache.positions(count), cache.length + count)
     cache.advance(count)

@@ -7,7 +7,7 @@ import torch
 
 from evo import Evo, __version__
 from evo.cli import main
-from evo.core import PRESETS
+from evo.core import PRESETS, Chunk
 from evo.text import ByteTokenizer
 
 COMMANDS = ("train", "generate", "info", "demo")
@@ -89,6 +89,33 @@ def test_generate_is_what_the_library_writes(trained, capsys):
     )
     expected = "line" + tokenizer.decode(made.tokens[0, : made.lengths[0]])
     assert written(trained, capsys, "line", "--seed", "3")[0] == expected + "\n"
+
+
+def test_generate_waits_for_the_last_byte_of_a_character(trained, capsys, monkeypatch):
+    data, shown = "a€ÿ🙂".encode(), []
+    chunks = [
+        Chunk(row=0, position=i, tokens=(byte,), levels=(0.0,), last=i + 1 == len(data), nfe=0)
+        for i, byte in enumerate(data)
+    ]
+    monkeypatch.setattr(Evo, "stream", lambda *_, **__: iter(chunks))
+    monkeypatch.setattr("builtins.print", lambda *values, **_: shown.append(values[0]))
+    assert main(["generate", "--model", str(trained[0] / "model"), "> "]) == 0
+    assert [piece for piece in shown[:-1] if piece] == ["> ", "a", "€", "ÿ", "🙂"]
+
+
+def test_generate_shows_text_before_all_of_it_is_written(trained, monkeypatch):
+    shown, stream = [], Evo.stream
+
+    def watched(*args, **kwargs):
+        for chunk in stream(*args, **kwargs):
+            yield chunk
+            # The reader is back for more: what it has been given is on the screen.
+            assert len(shown) == 2 + chunk.position
+
+    monkeypatch.setattr(Evo, "stream", watched)
+    monkeypatch.setattr("builtins.print", lambda *values, **_: shown.append(values[0]))
+    assert main(["generate", "--model", str(trained[0] / "model"), "--max-new-tokens", "6", "--level", "0"]) == 0
+    assert len(shown) >= 3
 
 
 def test_info_lists_presets_and_counts_their_parameters(capsys):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from evo.core.bound import learned_levels
 from evo.core.contract import as_batch
-from evo.core.prompted import Prompted
 from evo.core.layers import GELU, LayerNorm
+from evo.core.prompted import Prompted
 from evo.heads import FixedTimestep
 from evo.testing import check_model_limits
 from tests.conftest import generator, random_model

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from evo import Evo
 from evo.heads import FixedTimestep
 from evo.interop import export_causal_lm, freeze_backbone, from_pretrained
+from evo.schedules import Learned
 from evo.testing import check_model_limits
 from tests.conftest import generator, random_model
 from tests.pretrained_models import CONTEXT, KINDS, VOCAB, in_double, reference, saved
@@ -108,8 +109,8 @@ def test_an_imported_model_trains_and_refines(checkpoints, kind):
     assert written.nfe > 0
 
 
-def test_a_frozen_backbone_trains_what_evo_added_and_nothing_else(checkpoints):
-    model = freeze_backbone(from_pretrained(checkpoints("llama tied"))).train()
+def test_a_frozen_backbone_trains_what_evo_added_and_nothing_else(checkpoints, tmp_path):
+    model = from_pretrained(checkpoints("llama tied"), freeze="backbone").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = {f"timestep_head.{layer}.{kind}" for layer in ("inner", "outer") for kind in ("weight", "bias")}
@@ -121,8 +122,23 @@ def test_a_frozen_backbone_trains_what_evo_added_and_nothing_else(checkpoints):
         optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert backbone <= changed <= trainable
+    model.save_pretrained(tmp_path)
+    again = freeze_backbone(Evo.from_pretrained(tmp_path))
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trainable
     with pytest.raises(ValueError, match="does not start from a pretrained one"):
         freeze_backbone(random_model())
+    with pytest.raises(ValueError, match="freeze is 'all'; known are 'backbone'"):
+        from_pretrained(checkpoints("llama tied"), freeze="all")
+
+
+def test_a_trained_schedule_is_taken_as_it_is(checkpoints):
+    schedule = Learned(intervals=4)
+    torch.nn.init.normal_(schedule.log_speed, generator=generator())
+    expected = schedule.log_speed.detach().clone()
+    model = from_pretrained(checkpoints("llama tied"), schedule=schedule, freeze="backbone")
+    assert model.schedule is schedule
+    assert torch.equal(schedule.log_speed, expected)
+    assert schedule.log_speed.requires_grad
 
 
 def test_shards_are_read_one_by_one(checkpoints, tmp_path):
@@ -145,6 +161,20 @@ def test_bfloat16_stays_what_it_is(tmp_path):
         logits = theirs(tokens_of()).logits.float()
         error = (model.context_logits(tokens_of())[:, 1:] - logits[:, :-1]).abs().max()
     assert error < 0.05 * logits.std()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+@torch.no_grad()
+def test_a_shorter_context_says_the_same(checkpoints, kind, tmp_path):
+    model, tokens = from_pretrained(checkpoints(kind), context=10), tokens_of(length=10)
+    assert model.context == 10
+    expected = reference(kind)(tokens).logits
+    torch.testing.assert_close(model.context_logits(tokens)[:, 1:], expected[:, :-1], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"context|positions"):
+        model.context_logits(tokens_of(length=11))
+    export_causal_lm(model, tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    torch.testing.assert_close(back(tokens).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_older_configs_keep_their_rope_elsewhere(checkpoints, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from evo import Evo
 from evo.core import LatentSpace, Transformer
@@ -123,10 +124,28 @@ def test_a_context_is_no_longer_than_is_exact(checkpoint, tmp_path):
     assert from_pretrained(checkpoint, context=10).context == 10
     with pytest.raises(ValueError, match="context is 49; this model is exact for 1 to 48"):
         from_pretrained(checkpoint, context=49)
+    with pytest.raises(ValueError, match=r"dtype is torch.int8; weights are floating-point numbers"):
+        from_pretrained(checkpoint, dtype=torch.int8)
     sliding = saved(reference("mistral"), tmp_path)
     assert from_pretrained(sliding).context == 20
     with pytest.raises(ValueError, match="exact for 1 to 20"):
         from_pretrained(sliding, context=21)
+
+
+def test_a_window_that_is_not_spoken_of_is_the_one_of_the_reference(tmp_path):
+    for kind, entries in (("mistral", {}), ("qwen2", {"use_sliding_window": True})):
+        (tmp_path / kind).mkdir()
+        path = edited(
+            saved(reference(kind), tmp_path / f"of {kind}"),
+            tmp_path / kind,
+            {"max_position_embeddings": 9000, **entries},
+        )
+        config = json.loads((path / "config.json").read_text())
+        for said, context in (({}, 4096), ({"sliding_window": None}, 9000), ({"sliding_window": 300}, 300)):
+            config.pop("sliding_window", None)
+            (path / "config.json").write_text(json.dumps(config | said))
+            theirs = AutoConfig.from_pretrained(path).sliding_window
+            assert from_pretrained(path).context == context == (theirs or 9000)
 
 
 def test_where_there_is_no_model(checkpoint, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from evo.core.bound import learned_levels
 from evo.core.contract import as_batch
+from evo.core.draws import Draws
 from evo.core.evaluation import measure
 from evo.core.prompted import Prompted
 from evo.heads import FixedTimestep
@@ -152,7 +153,7 @@ def test_d_2_at_level_one_the_plan_knows_nothing_of_the_sketch():
             prompt, 6, solver=Spy(), timestep_head=FixedTimestep(1), prior=prior, max_steps=4, generator=generator(3)
         )
         latents = seen[0]
-        expected = torch.randn(latents.shape, generator=generator(3), dtype=torch.float64)
+        expected, _ = Draws.of(generator(3), len(prompt), prompt.device).take(6, MODEL.bos)
         assert torch.equal(latents, expected)
 
 
@@ -184,14 +185,15 @@ def test_l_1_levels_found_in_parallel_are_those_of_the_sequential_sketch(seed, p
 @given(seed=st.integers(0, 10**6), max_steps=st.sampled_from([2, 3]))
 def test_levels_snapped_at_one_step_are_those_that_generation_sketches_at(seed, max_steps):
     tokens, snap = tokens_of(seed, 12), 1 / max_steps
-    noise = torch.randn(*tokens.shape, D, generator=generator(seed), dtype=torch.float64)
+    noise, _ = Draws.of(generator(seed), len(tokens), tokens.device).take(9, MODEL.bos)
     batch, positions = as_batch(MODEL, tokens), iter(range(9))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evo.core.generation.standard_normal", lambda *_: noise)
-        written = MODEL.generate(tokens[:, :0], 9, prior=lambda *_: tokens[:, next(positions)], max_steps=max_steps)
-    with torch.no_grad():
+    written = MODEL.generate(
+        tokens[:, :0], 9, prior=lambda *_: tokens[:, next(positions)], max_steps=max_steps, generator=generator(seed)
+    )
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         found = learned_levels(MODEL, batch, noise, snap)
         free = learned_levels(MODEL, batch, noise)
+        patch.setattr("evo.core.evaluation.standard_normal", lambda *_: noise)
         out = measure(MODEL, batch, batch.present, None, early_stop, generator(seed), 1, snap)
     torch.testing.assert_close(found, written.levels, rtol=0, atol=1e-9)
     torch.testing.assert_close(out.levels, written.levels, rtol=0, atol=1e-9)

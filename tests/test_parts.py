@@ -177,7 +177,7 @@ class TestNucleusPrior:
     def test_what_is_drawn_has_the_distribution_it_claims(self):
         prior = NucleusPrior(top_p=0.8, temperature=1.3)
         logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
-        drawn = prior(logits.expand(20_000, 5), generator(0))
+        drawn = prior(logits.expand(20_000, 5), torch.rand(20_000, generator=generator(0)))
         counts = torch.bincount(drawn, minlength=5).double()
         expected = prior.log_probs(logits).exp().double() * 20_000
         kept = expected > 0
@@ -189,7 +189,7 @@ class TestNucleusPrior:
     def test_temperature_zero_is_greedy(self, seed):
         logits = torch.randn(3, 4, 7, generator=generator(seed))
         prior = NucleusPrior(temperature=0)
-        assert torch.equal(prior(logits), logits.argmax(-1))
+        assert torch.equal(prior(logits, torch.rand(3, 4)), logits.argmax(-1))
         assert torch.equal(prior.log_probs(logits).argmax(-1), logits.argmax(-1))
 
     @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_decoders_agree_where_the_posterior_is_certain(seed):
     logits = 100 * torch.nn.functional.one_hot(tokens, 11).double()
     denoised = logits.softmax(-1) @ space.weight
     for decoder in (LinearDecoder(), NearestNeighborDecoder()):
-        assert torch.equal(decoder(logits, denoised, space.weight), tokens)
+        assert torch.equal(decoder(logits, denoised, space.weight, torch.rand(2, 4)), tokens)
 
 
 def test_the_readout_widens_what_it_says():

@@ -199,6 +199,8 @@ def kept(config, length, precision, sequences=2) -> int:
         (FP32, {"feed_forward": {"name": "GELU"}, "norm": {"name": "LayerNorm"}}),
         (FP32, {"qk_norm": True}),
         (AUTOCAST, {}),
+        (AUTOCAST, {"qk_norm": True}),
+        (AUTOCAST, {"qk_norm": True, "norm": {"name": "LayerNorm"}}),
         (AUTOCAST, {"feed_forward": {"name": "GELU"}, "norm": {"name": "LayerNorm"}}),
     ],
     ids=str,
@@ -254,8 +256,9 @@ def test_time_is_work_over_speed():
 
 
 def test_state_is_shared_by_all_gpus():
-    one, many = planned(gpus=1), planned(gpus=16)
+    one, many = planned(gpus=1, precision=FP32), planned(gpus=16)
     assert one.gathered_bytes == 0
+    assert planned(gpus=1).gathered_bytes == many.gathered_bytes > 0
     assert one.fixed_bytes - one.vocabulary_bytes == one.state.total == 20 * one.parameters.total
     assert many.fixed_bytes - many.vocabulary_bytes - many.gathered_bytes == one.state.total / 16
     casts = planned(gpus=1, precision=AUTOCAST, checkpointing=False).gathered_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from evo.training.precision import pick_device
 class Options:
     """Continue a text with a trained byte-level Evo.
 
-    The text goes to standard output, figures about its making to standard error. The same seed gives the same text.
+    The text goes to standard output as it becomes final, figures about its making to standard error. The same seed gives the same text.
     """
 
     prompt: Positional[str] = ""
@@ -66,7 +67,7 @@ def run(options: Options) -> None:
         )
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     started = time.perf_counter()
-    made = model.generate(
+    chunks = model.stream(
         tokenizer.encode(text)[None].to(device),
         options.max_new_tokens,
         solver=_solver(options.solver, model),
@@ -79,12 +80,19 @@ def run(options: Options) -> None:
         stop=[tokenizer.eos_id] if options.stop else None,
         generator=torch.Generator(device).manual_seed(options.seed),
     )
-    count = int(made.lengths[0])
+    print(text, end="", flush=True)
+    # The bytes of one character may come in several chunks.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    levels, nfe = [], 0
+    for chunk in chunks:
+        print(decoder.decode(tokenizer.decode_bytes(chunk.tokens)), end="", flush=True)
+        levels += chunk.levels
+        nfe = chunk.nfe
+    print(decoder.decode(b"", final=True))
     seconds = time.perf_counter() - started
-    print(text + tokenizer.decode(made.tokens[0, :count]))
     print(
-        f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s), {options.solver}: "
-        f"{made.nfe} network evaluations of refinement, mean level {made.levels[0, :count].mean().item():.3f}",
+        f"{len(levels)} tokens in {seconds:.2f} s ({len(levels) / seconds:.1f} tokens/s), {options.solver}: "
+        f"{nfe} network evaluations of refinement, mean level {sum(levels) / len(levels):.3f}",
         file=sys.stderr,
     )
 

@@ -6,9 +6,10 @@ from evo.core.cache import Cache
 from evo.core.clock import ClockDensity
 from evo.core.config import PRESETS, EvoConfig
 from evo.core.denoiser import Denoised, Denoiser, VectorField
+from evo.core.editing import Edited
 from evo.core.evaluation import Evaluation, evaluate
 from evo.core.extremes import Extremes
-from evo.core.generation import Generation
+from evo.core.generation import Chunk, Generation
 from evo.core.latent_space import Embeddings, LatentSpace
 from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU
 from evo.core.levels import Exploration
@@ -31,10 +32,12 @@ __all__ = [
     "Cache",
     "Call",
     "Causal",
+    "Chunk",
     "ClockDensity",
     "Denoised",
     "Denoiser",
     "Document",
+    "Edited",
     "Embeddings",
     "Evaluation",
     "Evo",

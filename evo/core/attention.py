@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from evo.core.backends.base import Attend, needs_gradient
 from evo.core.cache import Cache
 from evo.core.layers import LayerNorm, RMSNorm
+from evo.core.packing import PackedAttend, PackedCache
 from evo.core.rotary import rotate
 
 
@@ -52,15 +53,15 @@ class Attention(nn.Module):
         self.k = nn.Linear(width, kv_heads * head_dim, bias=bias)
         self.v = nn.Linear(width, kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, width, bias=out_bias)
-        self.q_norm = nn.Identity() if qk_norm is None else qk_norm.build(head_dim)
-        self.k_norm = nn.Identity() if qk_norm is None else qk_norm.build(head_dim)
+        self.q_norm = None if qk_norm is None else qk_norm.build(head_dim)
+        self.k_norm = None if qk_norm is None else qk_norm.build(head_dim)
 
     def forward(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        attend: Attend,
-        cache: Cache | None = None,
+        attend: Attend | PackedAttend,
+        cache: Cache | PackedCache | None = None,
         layer: int = 0,
         store: bool = False,
     ) -> Tensor:
@@ -70,16 +71,22 @@ class Attention(nn.Module):
         and see what is stored; `store` keeps their own keys and values too (the caller advances the cache when all layers have run).
         """
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q_norm(self.q(x).view(shape)).transpose(1, 2)
-        k = self.k_norm(self.k(x).view(shape)).transpose(1, 2)
-        v = self.v(x).view(shape).transpose(1, 2)
+        q, k, v = self.q(x).view(shape), self.k(x).view(shape), self.v(x).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Autocast narrows what comes out of a product; a norm computes in the precision of its weights.
+            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         # Under autocast norms and rotations come back wider than the values; kernels want one dtype.
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
-            # Also what is not to be kept is put behind what is, where the next pass overwrites it: that saves a copy of the whole.
-            put = cache.join if needs_gradient(k, v) and not store else cache.write
-            k, v = put(layer, k, v, attend.pattern.queries, attend.pattern.keys)
+            new, gradient = (k, v, attend.pattern.queries, attend.pattern.keys), needs_gradient(q, k, v)
+            if store or not gradient:
+                # Also what is not to be kept is put behind what is, where the next pass overwrites it: that saves a copy of the whole.
+                k, v = cache.write(layer, *new)
+            if gradient:
+                # What is stored carries no gradient, and is overwritten before a backward could read it.
+                k, v = cache.join(layer, *new)
         mixed = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.out(mixed.transpose(1, 2).flatten(2))

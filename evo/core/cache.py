@@ -1,9 +1,11 @@
 """Keys and values that have been computed and will not change.
 
-B batch, H key/value heads, S slots, n new tokens, C head dimension.
+B batch, H key/value heads, S slots, n new tokens, T packed tokens, R sequences, C head dimension.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
@@ -64,17 +66,51 @@ class Cache:
             slots: how many there are with the new ones.
 
         Raises:
-            ValueError: for more slots than the limit.
+            ValueError: for more slots than the limit, or for another batch or dtype than what is stored.
         """
+        self._check(layer, keys)
         stored_keys, stored_values = self._storage(layer, slots, keys, values)
         _put(stored_keys, keys.detach().transpose(1, 2), at)
         _put(stored_values, values.detach().transpose(1, 2), at)
         return stored_keys[:, :slots].transpose(1, 2), stored_values[:, :slots].transpose(1, 2)
 
+    def scatter(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        sequence: Tensor,
+        at: Tensor,
+        slots: int,
+        batch: int,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `write`, for T tokens of any sequences: keys and values (H, T, C).
+
+        Args:
+            sequence, at: (T,) int64, whose each token is, and its slot.
+            slots: how many there are with the new ones.
+            batch: B, for a cache that nothing has been written to yet.
+            rows: (R,) int64, the sequences to return keys and values of, as copies; None is all, as views.
+
+        Returns:
+            Keys and values of the first `slots` slots, each (B or R, H, slots, C).
+        """
+        shape = (batch, keys.shape[0], 0, keys.shape[2])
+        like = keys.new_empty(shape), values.new_empty(shape)
+        self._check(layer, like[0])
+        found = []
+        for stored, new in zip(self._storage(layer, slots, *like), (keys, values), strict=True):
+            stored[sequence, at] = new.detach().transpose(0, 1)
+            seen = stored[:, :slots]
+            found.append((seen if rows is None else seen.index_select(0, rows)).transpose(1, 2))
+        return found[0], found[1]
+
     def join(self, layer: int, keys: Tensor, values: Tensor, at: int | Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """What `write` returns, as a copy that carries the gradient of the new keys and values; the cache stays as it is."""
         if not self._layers:
             return keys, values
+        self._check(layer, keys)
         past_keys, past_values = self.read(layer)
         return _joined(past_keys, keys, at, slots), _joined(past_values, values, at, slots)
 
@@ -88,7 +124,7 @@ class Cache:
         The host must know lengths, to allocate and to choose kernels: a tensor is waited for, once.
 
         Raises:
-            ValueError: if a sequence has fewer.
+            ValueError: if a sequence has fewer, or for counts of another batch.
         """
         if isinstance(count, int):
             shortest = self.length - max(self._behind_host or (0,))
@@ -96,6 +132,11 @@ class Cache:
                 raise ValueError(f"cannot take back {count} tokens of a cache whose shortest sequence has {shortest}")
             self.length -= count
             return
+        if count.dim() != 1 or (self._layers and len(count) != len(self._layers[0][0])):
+            batch = len(self._layers[0][0]) if self._layers else "B"
+            raise ValueError(
+                f"counts have shape {tuple(count.shape)}; this cache needs ({batch},), or one int for all sequences"
+            )
         taken = count.tolist()
         behind = self._behind_host or (0,) * len(taken)
         lengths = [self.length - late - less for late, less in zip(behind, taken, strict=True)]
@@ -114,6 +155,13 @@ class Cache:
             lengths = [self.length - self._behind_host[row] for row in rows.tolist()]
             self._settle(lengths, rows.device)
 
+    def take(self, rows: Tensor) -> Cache:
+        """A cache of these sequences, as `select` would leave it, with storage of its own; this one stays as it is."""
+        taken = copy.copy(self)
+        taken._layers = list(self._layers)
+        taken.select(rows)
+        return taken
+
     def _settle(self, lengths: list[int], device: torch.device) -> None:
         self.length = max(lengths)
         behind = tuple(self.length - length for length in lengths)
@@ -121,6 +169,16 @@ class Cache:
             self._behind, self._behind_host = torch.tensor(behind, device=device), behind
         else:
             self._behind = self._behind_host = None
+
+    def _check(self, layer: int, new: Tensor) -> None:
+        if layer == len(self._layers):
+            return
+        stored = self._layers[layer][0]
+        if len(new) != len(stored) or new.dtype != stored.dtype:
+            raise ValueError(
+                f"keys and values of {len(new)} sequences in {new.dtype} do not fit a cache of {len(stored)} in {stored.dtype}: "
+                "a batch needs a cache of its own, filled and read in one precision (autocast on for both, or for neither)"
+            )
 
     def _storage(self, layer: int, slots: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if slots > self.capacity:

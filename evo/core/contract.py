@@ -6,12 +6,13 @@ B batch, N tokens, P prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from evo.core.bound import Batch
+from evo.core.ends import Ends
 from evo.solvers import FixedStep, Solver, TorchDiffEq
 
 if TYPE_CHECKING:
@@ -113,28 +114,79 @@ def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look
     return levels.to(dtype)
 
 
-def as_prompt(model: Evo, prompt: Tensor, lengths: Tensor | None, max_new_tokens: int) -> Tensor | None:
-    """The lengths (B,) of a prompt (B, P) that leaves room for `max_new_tokens`; P may be 0."""
+def as_prompt(
+    model: Evo,
+    prompt: Tensor,
+    lengths: Tensor | None,
+    most: int | Sequence[int] | Tensor,
+    fewest: int | Sequence[int] | Tensor,
+    stop: int | Sequence[int] | Sequence[Sequence[int]] | None,
+) -> tuple[Tensor | None, Ends]:
+    """The lengths (B,) of a prompt (B, P), where P may be 0, and the ends of what is to be written behind it."""
     check_tokens(model, prompt, "prompt", minimum=0)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-    if prompt.shape[1] + max_new_tokens > model.context:
+    ends = as_ends(model, len(prompt), most, fewest, stop)
+    new = max(ends.most)
+    if prompt.shape[1] + new > model.context:
         raise ValueError(
-            f"a prompt of {prompt.shape[1]} tokens and {max_new_tokens} new ones do not fit the model's context of {model.context}: "
-            "shorten the prompt, ask for fewer tokens, or build the model with a larger context"
+            f"a prompt of {prompt.shape[1]} tokens and {new} new ones do not fit the model's context of {model.context}: "
+            "shorten the prompt, ask for fewer tokens, or build the model with a larger context; "
+            "in a batch the longest prompt and the longest answer must fit together"
         )
-    return None if lengths is None else as_lengths("lengths", lengths, prompt, 0)
+    return None if lengths is None else as_lengths("lengths", lengths, prompt, 0), ends
 
 
-def as_stop(stop: int | Sequence[int] | None, model: Evo, device: torch.device) -> Tensor | None:
-    """Stop tokens as a tensor of ids; None for none."""
+def as_ends(
+    model: Evo,
+    batch: int,
+    most: int | Sequence[int] | Tensor,
+    fewest: int | Sequence[int] | Tensor,
+    stop: int | Sequence[int] | Sequence[Sequence[int]] | None,
+) -> Ends:
+    """Where each of `batch` sequences ends, from what is said of all of them or of each."""
+    longest, shortest = _counts("max_new_tokens", most, batch), _counts("min_new_tokens", fewest, batch)
+    vocab_size, stops = model.latent_space.vocab_size, _stops(stop, batch)
+    for row in range(batch):
+        if longest[row] < 1:
+            raise ValueError(f"max_new_tokens is {longest[row]}; ask for at least 1")
+        if not 0 <= shortest[row] <= longest[row]:
+            raise ValueError(
+                f"min_new_tokens is {shortest[row]} and max_new_tokens {longest[row]}; needed 0 <= min_new_tokens <= max_new_tokens"
+            )
+        if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in stops[row]):
+            raise ValueError(f"stop is {stop!r}; it needs ids in [0, {vocab_size}), or None for no stop")
+        if shortest[row] > 1 and len(set(stops[row])) == vocab_size:
+            raise ValueError(
+                f"min_new_tokens is {shortest[row]} and every token of the vocabulary stops: nothing could come first"
+            )
+    return Ends(most=longest, fewest=shortest, stop=stops)
+
+
+def _counts(name: str, value: int | Sequence[int] | Tensor, batch: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * batch
+    if isinstance(value, Tensor) and (value.dim() != 1 or value.is_floating_point()):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; it needs one int, or ({batch},)"
+        )
+    counts = tuple(value.tolist() if isinstance(value, Tensor) else value)
+    if len(counts) != batch or not all(isinstance(each, int) for each in counts):
+        raise ValueError(f"{name} is {counts}; a batch of {batch} sequences needs one int for all, or {batch} of them")
+    return counts
+
+
+def _stops(stop: int | Sequence[int] | Sequence[Sequence[int]] | None, batch: int) -> tuple[tuple[int, ...], ...]:
     if stop is None:
-        return None
-    ids = [stop] if isinstance(stop, int) else list(stop)
-    wrong = [token for token in ids if not 0 <= token < model.latent_space.vocab_size]
-    if wrong or not ids:
-        raise ValueError(f"stop is {stop!r}; it needs ids in [0, {model.latent_space.vocab_size}), or None for no stop")
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+        return ((),) * batch
+    given = [stop] if isinstance(stop, int) else list(stop)
+    if given and not any(isinstance(each, int) for each in given):
+        if len(given) != batch:
+            raise ValueError(
+                f"stop has {len(given)} sets; a batch of {batch} sequences needs one of each, or ids for all"
+            )
+        return tuple(tuple(cast("Sequence[int]", each)) for each in given)
+    if not given:
+        raise ValueError("stop is empty; it needs ids, or None for no stop")
+    return (tuple(cast("list[int]", given)),) * batch
 
 
 def as_row_solver(solver: Solver, max_steps: int) -> Solver:

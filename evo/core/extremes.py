@@ -7,43 +7,66 @@ from torch import Tensor, nn
 
 
 class Extremes(nn.Module):
-    """Running means of the bound at level 0, at the head's levels and at level 1, and the way to the better end.
+    """What the head's levels cost beyond level 0, and beyond level 1, as training goes on; and the way to an end that is better.
 
     The bound has a basin at either end: one token that leaves the level of all others mostly loses, where all of them together would
     gain, so the gradient in single levels cannot lead from one to the other. Random levels visit both ends at every step and tell what
-    they cost. Where an end costs less than the head's levels, `slope` is the difference, the slope of the chord to that end; where the
-    head is better than both it is 0, and the gradient of the bound alone decides.
+    they cost. Where an end costs less than the head's levels, beyond doubt, `slope` is the difference, the slope of the chord to that
+    end; where the head is as good as both it is 0, and the gradient of the bound alone decides.
+
+    Costs fall as the network learns, so only costs of the same step are compared: kept are running means of their differences.
 
     Args:
         decay: of the running means, per update.
+        gain: the chord's slope is multiplied by this, so that it prevails over single levels' gradients that point the other way.
+        doubt: standard errors that a difference must exceed to count.
     """
 
-    sums: Tensor
-    counts: Tensor
+    weights: Tensor
+    squared_weights: Tensor
+    differences: Tensor
+    squares: Tensor
 
-    def __init__(self, decay: float = 0.98) -> None:
+    def __init__(self, decay: float = 0.99, gain: float = 10.0, doubt: float = 2.0) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}; it must lie in [0, 1)")
-        self.decay = decay
-        # At level 0, at the head's levels, at level 1.
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(3, dtype=torch.float64))
+        if not 0 <= decay < 1 or gain < 0 or doubt < 0:
+            raise ValueError(
+                f"decay {decay}, gain {gain}, doubt {doubt}: needed decay in [0, 1), the others at least 0"
+            )
+        self.decay, self.gain, self.doubt = decay, gain, doubt
+        # Each (2,): beyond level 0, and beyond level 1.
+        for name in ("weights", "squared_weights", "differences", "squares"):
+            self.register_buffer(name, torch.zeros(2, dtype=torch.float64))
 
-    def means(self) -> Tensor:
-        """Nats per token at level 0, at the head's levels and at level 1: (3,) float64, NaN where nothing has been seen."""
-        return self.sums / self.counts
+    def beyond(self) -> tuple[Tensor, Tensor]:
+        """What the head costs beyond each end, nats per token, (2,), and the standard error of that; NaN where nothing has been seen."""
+        mean = self.differences / self.weights
+        share = self.squared_weights / self.weights.square()  # 1 / how many steps it rests on
+        variance = (self.squares / self.weights - mean.square()).clamp(min=0) / (1 - share)
+        return mean, (variance * share).sqrt()
 
     def slope(self) -> Tensor:
-        """Nats per token lost against the better end, 0-dim float64: above 0 where levels should fall, below 0 where they should rise."""
-        zero, head, one = self.means()
-        best = torch.fmin(zero, one)
-        lost = torch.nan_to_num(head - best, nan=0.0).clamp(min=0)
-        return torch.where(zero.nan_to_num(torch.inf) <= one.nan_to_num(torch.inf), lost, -lost)
+        """`gain` times what is lost to the better end, nats per token, 0-dim float64: levels should fall where it is above 0, and
+        rise where it is below.
+        """
+        mean, error = self.beyond()
+        to_zero, to_one = torch.nan_to_num(mean - self.doubt * error, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
+        return self.gain * torch.where(to_zero >= to_one, to_zero, -to_one)
 
     @torch.no_grad()
-    def update(self, bound: Tensor, scored: Tensor) -> None:
-        """Take note of (3,) sums of nats and (3,) numbers of tokens scored; nothing waits for the device."""
-        seen = bound.isfinite()
-        self.sums.mul_(self.decay).add_(torch.where(seen, bound.double(), 0.0))
-        self.counts.mul_(self.decay).add_(torch.where(seen, scored.double(), 0.0))
+    def update(self, head: Tensor, ends: Tensor, tokens: Tensor) -> None:
+        """Take note of one step; nothing waits for the device.
+
+        Args:
+            head: what its levels cost, nats per token, (2,): where level 0, and where level 1, are compared with it.
+            ends: what these cost, (2,).
+            tokens: how many each comparison rests on, (2,); 0 is no comparison.
+        """
+        difference = (head - ends).double()
+        weight = torch.where(difference.isfinite(), tokens.double(), 0.0)
+        difference = torch.where(weight > 0, difference, 0.0)
+        new = (weight, weight.square(), weight * difference, weight * difference.square())
+        decays = (self.decay, self.decay**2, self.decay, self.decay)
+        kept = (self.weights, self.squared_weights, self.differences, self.squares)
+        for buffer, decay, value in zip(kept, decays, new, strict=True):
+            buffer.mul_(decay).add_(value)

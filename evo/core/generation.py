@@ -1,20 +1,23 @@
 """Writing text: sketch a window token by token, refine it along the flow, commit, go on.
 
-B batch, P prompt tokens, M new tokens, N tokens of one window, V vocabulary, D latent dimension.
+B batch, M new tokens, N tokens of one window, R of its sequences that are refined, K refinement steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from evo.core.bound import standard_normal
+from evo.core.draws import Draws
+from evo.core.ends import Ends
 from evo.core.prompted import Prompted
-from evo.core.refinement import Request, SketchedWindow, Steps, refine
-from evo.schedules import step_counts
+from evo.core.refinement import Plan, Request, SketchedWindow, Steps, refine
+from evo.core.sketching import Sampling, WindowSketch
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
@@ -25,11 +28,11 @@ class Generation:
     """What `Evo.generate` returns.
 
     Attributes:
-        tokens: (B, M) the new tokens only; behind the end of a sequence, the first stop token.
+        tokens: (B, M) the new tokens only; behind the end of a sequence, its first stop token (0 if it has none).
         lengths: (B,) new tokens of each sequence, its stop token included.
         levels: (B, M) the level each token was sketched at; 0 where it was final at once.
-        nfe: network evaluations of refinement, each of the whole batch, over all windows.
-        trajectory: a `Steps` for every window, if asked for.
+        nfe: network evaluations of refinement, each of all sequences that are refined together, over all windows.
+        trajectory: a `Steps` for every window, if asked for; where the head is fixed at 0, all is one window.
     """
 
     tokens: Tensor
@@ -39,81 +42,177 @@ class Generation:
     trajectory: tuple[Steps, ...] | None
 
 
-@torch.no_grad()
-def generate(model: Evo, prompt: Tensor, lengths: Tensor | None, request: Request) -> Generation:
-    """Write `request.max_new_tokens` tokens behind each prompt (B, P), window by window."""
-    total, stop = request.max_new_tokens, request.stop
-    state = Prompted(model, prompt, lengths, total)
-    batch, device = len(prompt), prompt.device
-    tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
-    levels = torch.zeros(batch, total, dtype=state.noise_dtype, device=device)
-    new_lengths = torch.full((batch,), total, dtype=torch.int64, device=device)
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
-    nfe, trajectory = 0, []
-    for start in range(0, total, request.window):
-        count = min(request.window, total - start)
-        before = state.cache.length
-        sketch = _sketch(state, count, ended, request)
-        # What was read while sketching was noisy; refinement and the next window see what is clean.
-        state.forget(state.cache.length - before)
-        written, evaluations, steps = refine(state, sketch, request)
-        nfe += evaluations
-        trajectory.append(steps)
-        here = slice(start, start + written.shape[1])
-        tokens[:, here], levels[:, here] = written, sketch.levels
-        if stop is not None:
-            stopped = torch.isin(written, stop)
-            ends_here = stopped.any(1) & ~ended
-            new_lengths = torch.where(ends_here, start + stopped.to(torch.int8).argmax(1) + 1, new_lengths)
-            ended |= ends_here
-            if ended.all():
-                break
-        if start + count < total:
-            clean = state.denoiser.embeddings[written]
-            state.read(clean, torch.zeros_like(clean[..., 0]))
-    behind = torch.arange(total, device=device) >= new_lengths[:, None]
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """New tokens of one sequence, as `Evo.stream` hands them out: final, and in order.
+
+    Attributes:
+        row: the sequence, by its row in the prompt.
+        position: of the first of these tokens among the new tokens of its sequence.
+        tokens: ids, at least one.
+        levels: the level each was sketched at; 0 where it was final at once.
+        last: whether the sequence ends with them.
+        nfe: network evaluations of refinement so far, as in `Generation`.
+    """
+
+    row: int
+    position: int
+    tokens: tuple[int, ...]
+    levels: tuple[float, ...]
+    last: bool
+    nfe: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to write and how: the arguments of `Evo.generate`, checked.
+
+    Attributes:
+        prompt: ids (B, P).
+        lengths: (B,) tokens present in each prompt; None is all of P.
+        ends: where the sequences end.
+        draws: their randomness.
+        sampling: how to sketch.
+        request: how to refine.
+    """
+
+    prompt: Tensor
+    lengths: Tensor | None
+    ends: Ends
+    draws: Draws
+    sampling: Sampling
+    request: Request
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a writer has to say besides the text: evaluations of refinement, and of each window its size, its rows and their steps."""
+
+    nfe: int = 0
+    windows: list[tuple[int, list[int], Steps | None]] = field(default_factory=list)
+
+
+def generate(model: Evo, job: Job) -> Generation:
+    """Write behind each prompt until every sequence has ended."""
+    report, ends, batch = Report(), job.ends, len(job.prompt)
+    tokens: list[list[int]] = [[] for _ in range(batch)]
+    levels: list[list[float]] = [[] for _ in range(batch)]
+    for chunk in write(model, job, report):
+        tokens[chunk.row] += chunk.tokens
+        levels[chunk.row] += chunk.levels
+    lengths, total = [len(each) for each in tokens], max(ends.most)
+    for row, length in enumerate(lengths):
+        tokens[row] += (ends.stop[row] or (0,))[:1] * (total - length)
+        levels[row] += [0.0] * (total - length)
+    device, dtype = job.prompt.device, torch.promote_types(model.bos.dtype, torch.float32)
+    written = torch.tensor(tokens, device=device)
     return Generation(
-        tokens=tokens if stop is None else torch.where(behind, stop[0], tokens),
-        lengths=new_lengths,
-        levels=levels.masked_fill(behind, 0.0),
-        nfe=nfe,
-        trajectory=tuple(steps for steps in trajectory if steps is not None) if request.trajectory else None,
+        tokens=written,
+        lengths=torch.tensor(lengths, device=device),
+        levels=torch.tensor(levels, dtype=dtype, device=device),
+        nfe=report.nfe,
+        trajectory=_trajectory(written, report, job.request.max_steps, dtype) if job.request.trajectory else None,
     )
 
 
-def _sketch(state: Prompted, count: int, ended: Tensor, request: Request) -> SketchedWindow:
-    """Draw token after token, each at a level of its own, with the noise that goes with it: the only noise there is."""
-    schedule, embeddings = state.denoiser.schedule, state.denoiser.embeddings
-    noise = standard_normal((len(ended), count, embeddings.shape[1]), embeddings, request.generator)
-    tokens, latents, levels = [], [], []
-    length, finished = torch.where(ended, 0, count), ended
-    for index in range(count):
-        logits = state.speak()
-        if index == 0 and not logits.isfinite().all():
-            raise ValueError(
-                "the network gave NaN or infinite logits while sketching; look for such values in its weights"
+@torch.no_grad()
+def write(model: Evo, job: Job, report: Report) -> Generator[Chunk, None, None]:
+    """Write, handing out what is final. Everything held is let go of when the iterator is closed."""
+    ends, draws, request = job.ends, job.draws, job.request
+    state = Prompted(model, job.prompt, job.lengths, max(ends.most))
+    rows, start, size = list(range(len(job.prompt))), 0, request.window
+    if job.sampling.never_refines(state.hidden.new_empty(0, dtype=state.noise_dtype), state.denoiser.schedule.t_min):
+        # Nothing will ever be refined together: a border between windows would cost its time and change nothing.
+        size = max(ends.most)
+    while rows:
+        count = min(size, max(ends.most) - start)
+        noise, uniform = draws.take(count, state.denoiser.embeddings)
+        window = WindowSketch(state, noise, uniform[..., 0], ends, start, job.sampling)
+        for run in window.run():
+            yield Chunk(
+                row=rows[run.row],
+                position=start + run.place,
+                tokens=tuple(run.tokens),
+                levels=tuple(run.levels),
+                last=run.last,
+                nfe=report.nfe,
             )
-        level = request.timestep_head(state.hidden, logits.unsqueeze(1))[:, 0].to(noise.dtype)
-        refined = (step_counts(level, request.max_steps) >= 1) & (level > schedule.t_min)
-        level = torch.where(refined, level, 0.0)
-        token = request.prior(logits, request.generator)
-        clean = embeddings[token].to(noise.dtype)
-        latent = torch.where(refined[:, None], schedule.noised(clean, noise[:, index], level), clean)
-        tokens.append(token)
-        latents.append(latent)
-        levels.append(level)
-        if request.stop is not None:
-            # Only a token that is final at once can end a sequence here; the others may yet become something else.
-            final = torch.isin(token, request.stop) & ~refined & ~finished
-            length, finished = torch.where(final, index + 1, length), finished | final
-            if finished.all():
-                break
-        if index + 1 < count:
-            state.read(latent[:, None], level[:, None])
-    levels = torch.stack(levels, 1)
-    if request.stop is None or bool((length >= len(tokens)).all()):
-        length = None
-    else:
-        length = length.clamp(max=len(tokens))
-        levels = levels * (torch.arange(len(tokens), device=levels.device) < length[:, None])
-    return SketchedWindow(tokens=torch.stack(tokens, 1), latents=torch.stack(latents, 1), levels=levels, length=length)
+        state = window.state
+        if any(window.noisy):
+            yield from _refined(window, uniform[..., 1], rows, len(job.prompt), request, report)
+        else:
+            report.windows.append((window.size, [], None))
+        staying = [row for row in range(len(rows)) if not window.ended[row]]
+        start += count
+        if staying:
+            index = torch.tensor(staying, device=noise.device)
+            if staying != window.standing:
+                state.select(torch.tensor([window.standing.index(row) for row in staying], device=noise.device))
+            clean = state.denoiser.embeddings[window.tokens[index, window.read :]]
+            state.read(clean, torch.zeros_like(clean[..., 0]))
+            if len(staying) < len(rows):
+                draws.select(staying)
+                ends = ends.take(staying)
+        rows = [rows[row] for row in staying]
+
+
+def _refined(
+    window: WindowSketch, uniform: Tensor, rows: list[int], batch: int, request: Request, report: Report
+) -> Iterator[Chunk]:
+    """Refine what is left of a window, in place, and hand it out."""
+    state, size = window.state, window.size
+    # What was read while sketching was noisy; refinement and the next window see what is clean.
+    state.forget(window.read)
+    window.read = 0
+    standing = window.standing
+    index = torch.tensor(standing, device=uniform.device)
+    length = torch.tensor([min(window.length[row], size) for row in standing], device=uniform.device)
+    present = torch.arange(size, device=uniform.device) < length[:, None]
+    sketch = SketchedWindow(
+        tokens=window.tokens[index, :size],
+        latents=window.latents[index, :size],
+        levels=window.levels[index, :size] * present,
+        uniform=uniform[index, :size],
+        length=None if all(window.length[row] >= size for row in standing) else length,
+        banned=None if window.banned is None else window.banned.take(index),
+    )
+    whole = [rows[row] for row in standing]
+    if len(whole) < batch:
+        request = replace(request, plan=partial(_plan_of_rows, request.plan, whole, batch))
+    written, evaluations, steps = refine(state, sketch, request)
+    report.nfe += evaluations
+    report.windows.append((size, whole, steps))
+    window.tokens[index, :size] = written
+    for row, tokens, levels in zip(standing, written.tolist(), sketch.levels.tolist(), strict=True):
+        end = window.ends.end(row, window.start, tokens[: window.length[row]])
+        window.ended[row] = end is not None
+        shown, stop = window.shown[row], window.length[row] if end is None else end
+        if shown < stop:
+            yield Chunk(
+                row=rows[row],
+                position=window.start + shown,
+                tokens=tuple(tokens[shown:stop]),
+                levels=tuple(levels[shown:stop]),
+                last=window.ended[row],
+                nfe=report.nfe,
+            )
+
+
+def _plan_of_rows(plan: Plan, rows: list[int], batch: int, levels: Tensor, max_steps: int, t_min: float) -> Tensor:
+    """The plan of some sequences of a batch, by a rule that may say something else of each."""
+    whole = levels.new_zeros(batch, levels.shape[1])
+    whole[rows] = levels
+    return plan(whole, max_steps, t_min)[rows]
+
+
+def _trajectory(written: Tensor, report: Report, max_steps: int, dtype: torch.dtype) -> tuple[Steps, ...]:
+    """Steps of every window for the whole batch; a sequence that was not refined stands at its tokens all the while."""
+    found, start = [], 0
+    for size, rows, steps in report.windows:
+        tokens = written[:, None, start : start + size].repeat(1, max_steps + 1, 1)
+        levels = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
+        if steps is not None:
+            tokens[rows], levels[rows] = steps.tokens, steps.levels
+        found.append(Steps(levels=levels, tokens=tokens))
+        start += size
+    return tuple(found)

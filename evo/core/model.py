@@ -5,8 +5,9 @@ B batch, N tokens, P prompt tokens, V vocabulary, D latent dimension, W width.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 
 from evo.core.bos import bos_slots
 from evo.core.config import EvoConfig, preset
-from evo.core.contract import as_batch, as_levels, as_mask, as_prompt, as_row_solver, as_stop, check_tokens, looks
+from evo.core.contract import as_batch, as_levels, as_mask, as_row_solver, check_tokens, looks
 from evo.core.denoiser import Denoiser, VectorField
+from evo.core.draws import Draws
+from evo.core.editing import Edited, edit
 from evo.core.evaluation import evaluating, measure
-from evo.core.generation import Generation, generate
+from evo.core.generation import Chunk, Generation, Job, Report, generate, write
+from evo.core.job import as_job
 from evo.core.latent_space import Embeddings
 from evo.core.masks import Causal, Window
 from evo.core.objective import DEFAULT_OBJECTIVE, Objective, Output, training_step
@@ -26,9 +30,13 @@ from evo.core.prompted import Prompted
 from evo.core.refinement import Request
 from evo.core.serialization import load_pretrained, save_pretrained
 from evo.core.transformer import Transformer
-from evo.heads import Decoder, LinearDecoder, NucleusPrior, Readout, TimestepHead
+from evo.heads import Decoder, LinearDecoder, Prior, Readout, TimestepHead
 from evo.schedules import Cosine, Path, Schedule, early_stop
 from evo.solvers import Euler, Solver
+
+# Tokens between two looks at what is being written where nobody waits for it: each look waits for the device, and a sequence that has
+# ended is noticed at the next.
+_UNWATCHED = 8
 
 
 class Evo(nn.Module):
@@ -224,7 +232,7 @@ class Evo(nn.Module):
             return VectorField(self._own_logits, denoiser, self.self_conditioned)
         check_tokens(self, prompt, "prompt", minimum=0)
         with torch.no_grad():
-            state = Prompted(self, prompt, None, room=0)
+            state = Prompted(self, prompt, None, room=None)
         return state.field()
 
     def _own_logits(self, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
@@ -233,62 +241,195 @@ class Evo(nn.Module):
     def generate(
         self,
         prompt: Tensor,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int] | Tensor,
         solver: Solver | None = None,
         plan: Path = early_stop,
         timestep_head: Callable[[Tensor, Tensor], Tensor] | None = None,
-        prior: Callable[..., Tensor] | None = None,
+        prior: Prior | None = None,
         decoder: Decoder | None = None,
         max_steps: int = 20,
         top_p: float = 0.9,
         temperature: float = 0.7,
         window: int | None = None,
         lengths: Tensor | None = None,
-        stop: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        min_new_tokens: int | Sequence[int] | Tensor = 0,
+        refresh: int = 1,
+        fidelity: float | None = None,
         trajectory: bool = False,
     ) -> Generation:
         """Write behind a prompt: sketch a window token by token, refine it along the flow, commit, go on with the next.
 
+        What is said of the whole batch in `max_new_tokens`, `min_new_tokens`, `stop` and `generator` may be said of each sequence. A
+        sequence that has ended leaves the batch. What is written of one does not depend on who else is in the batch, but for rounding:
+        matrix products of other shapes may be summed in another order.
+
         Args:
             prompt: ids (B, P); P may be 0.
-            max_new_tokens: M.
+            max_new_tokens: the longest answer, int or (B,); M is the largest.
             solver: moves latents from one row of the plan to the next; None is `Euler()`. A fixed-step solver makes one step a row,
                 an adaptive one integrates each row to its tolerance.
             plan: how levels fall, called `plan(levels, max_steps, t_min)`; `early_stop` is the paper's.
             timestep_head: levels from hidden state and context logits; None is the model's own.
-            prior: draws a token from context logits (B, V); None is `NucleusPrior(top_p=..., temperature=...)`.
+            prior: draws a token from context logits (B, V) by a number in [0, 1) for each (B,); None is
+                `NucleusPrior(top_p=..., temperature=...)`.
             decoder: takes a token from a refined latent; None is `LinearDecoder()`.
             max_steps: K, the steps that a token at level 1 receives.
             top_p, temperature: of the default prior; temperature 0 is greedy.
             window: tokens refined together; None is all of them, 1 is plain autoregression.
             lengths: (B,) lengths of right-padded prompts; None is all of P.
-            stop: ids that end a sequence.
-            generator: of everything drawn; the same seed gives the same text.
+            stop: ids that end a sequence, or B sets of ids, one for each.
+            generator: of everything drawn: one, or a sequence of B. Each gives one number for each of its sequences, which seeds that
+                sequence's own stream; the same seed gives the same text.
+            min_new_tokens: the shortest answer, int or (B,), a stop token included: before that stop tokens are not written. Equal to
+                `max_new_tokens` it makes the length exact.
+            refresh: every how many steps of a window all of it is computed; 1 is exact, more reuses keys and values of tokens that stand.
+            fidelity: probability of its best entry from which a token is final before its steps are spent; None is never.
             trajectory: keep every row's levels and tokens.
 
         Raises:
             ValueError, TypeError: for a prompt or a setting that cannot be served, with the value and the remedy.
+            ValueError: for weights that give NaN or infinity.
         """
-        lengths = as_prompt(self, prompt, lengths, max_new_tokens)
-        solver = as_row_solver(Euler() if solver is None else solver, max_steps)
-        if window is not None and window < 1:
-            raise ValueError(f"window is {window}; it needs at least 1 token, or None for the whole answer")
-        request = Request(
-            max_new_tokens=max_new_tokens,
+        job = as_job(
+            self,
+            prompt,
+            max_new_tokens,
             solver=solver,
             plan=plan,
-            timestep_head=self.timestep_head if timestep_head is None else timestep_head,
-            prior=NucleusPrior(top_p=top_p, temperature=temperature) if prior is None else prior,
-            decoder=LinearDecoder() if decoder is None else decoder,
+            timestep_head=timestep_head,
+            prior=prior,
+            decoder=decoder,
             max_steps=max_steps,
-            window=max_new_tokens if window is None else window,
-            stop=as_stop(stop, self, prompt.device),
+            top_p=top_p,
+            temperature=temperature,
+            window=window,
+            lengths=lengths,
+            stop=stop,
             generator=generator,
+            min_new_tokens=min_new_tokens,
+            refresh=refresh,
+            fidelity=fidelity,
             trajectory=trajectory,
+            every=_UNWATCHED,
         )
         with evaluating(self):
-            return generate(self, prompt, lengths, request)
+            return generate(self, job)
+
+    def stream(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int | Sequence[int] | Tensor,
+        solver: Solver | None = None,
+        plan: Path = early_stop,
+        timestep_head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        prior: Prior | None = None,
+        decoder: Decoder | None = None,
+        max_steps: int = 20,
+        top_p: float = 0.9,
+        temperature: float = 0.7,
+        window: int | None = None,
+        lengths: Tensor | None = None,
+        stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        min_new_tokens: int | Sequence[int] | Tensor = 0,
+        refresh: int = 1,
+        fidelity: float | None = None,
+        every: int = 1,
+    ) -> Generator[Chunk, None, None]:
+        """What `generate` writes, as it becomes final; the chunks of a sequence, one behind another, are its tokens there.
+
+        A token comes when it and everything before it in its sequence is final: where it was written at level 0, at once, else when its
+        window has been refined. Closing the iterator (or letting go of it) frees all that it holds; between two chunks the model may
+        be used for something else.
+
+        Args:
+            every: tokens that are sketched between two looks at them, each of which waits for the device.
+
+        The other arguments, and what is raised for them, are those of `generate`; they are checked at once, not at the first chunk.
+        """
+        job = as_job(
+            self,
+            prompt,
+            max_new_tokens,
+            solver=solver,
+            plan=plan,
+            timestep_head=timestep_head,
+            prior=prior,
+            decoder=decoder,
+            max_steps=max_steps,
+            top_p=top_p,
+            temperature=temperature,
+            window=window,
+            lengths=lengths,
+            stop=stop,
+            generator=generator,
+            min_new_tokens=min_new_tokens,
+            refresh=refresh,
+            fidelity=fidelity,
+            trajectory=False,
+            every=every,
+        )
+        return self._streamed(job)
+
+    def _streamed(self, job: Job) -> Generator[Chunk, None, None]:
+        with contextlib.closing(write(self, job, Report())) as chunks:
+            while True:
+                # Whoever reads may use the model between two chunks, and in the mode that it was in.
+                with evaluating(self) if self.training else contextlib.nullcontext():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    def edit(
+        self,
+        tokens: Tensor,
+        levels: float | Tensor,
+        prompt_length: int | Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        solver: Solver | None = None,
+        plan: Path = early_stop,
+        decoder: Decoder | None = None,
+        max_steps: int = 20,
+        refresh: int = 1,
+        fidelity: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Edited:
+        """Rewrite an existing text: noise chosen tokens to chosen levels, and let the flow make words of them, in view of all others.
+
+        A token at level 0 comes back as it is. One at level 1 is written anew: where the schedule ends in pure noise, what it was leaves
+        no trace. Between, the level says how much of a token is up for discussion.
+
+        Args:
+            tokens: ids (B, N), right-padded.
+            levels: one level for all, or (B, N). Levels that are worth no step of `max_steps`, or at most the schedule's t_min, are 0.
+            prompt_length: leading tokens that are prompt, int or (B,); they have level 0, and see no later token.
+            lengths: (B,) tokens present in each sequence; None is all.
+            solver, plan, decoder, max_steps, refresh, fidelity: as in `generate`; the window is all that follows the prompt.
+            generator: of the noise; one for all or one for each sequence.
+
+        Raises:
+            ValueError, TypeError: for anything out of shape or range, with the value and the remedy.
+        """
+        batch = as_batch(self, tokens, prompt_length, lengths)
+        chosen = as_levels(levels, batch, self.bos)
+        if chosen is None:
+            raise ValueError("levels is None; say which tokens to rewrite, by a level for all or (B, N) of them")
+        request = Request(
+            solver=as_row_solver(Euler() if solver is None else solver, max_steps),
+            plan=plan,
+            decoder=LinearDecoder() if decoder is None else decoder,
+            max_steps=max_steps,
+            window=tokens.shape[1],
+            trajectory=False,
+            refresh=refresh,
+            fidelity=fidelity,
+        )
+        with evaluating(self):
+            return edit(self, batch, chosen, request, Draws.of(generator, len(tokens), tokens.device))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write weights (safetensors) and `config.json` to a directory; a model already there is replaced at once, or not at all."""

@@ -152,7 +152,8 @@ def training_step(
             loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
         if objective.extremes is not None:
             learned = len(levels) - len(chosen.head)
-            _compare(objective.extremes, bound.detach(), sketch.levels, free, learned, chosen.causal)
+            cost = (bound + objective.level_price * sketch.levels).detach()
+            _compare(objective.extremes, cost, sketch.levels, free, learned, chosen.causal)
             logits, number = chosen.head.logit(eps=1e-4), scored[learned:].sum().clamp(min=1)
             loss = loss + objective.extremes.slope().to(loss.dtype) * (logits * free[learned:]).sum() / number
     return Output(loss=loss, sketch_bits=bits, flow_bits=flow, reconstruction=reconstruction, levels=sketch.levels)
@@ -199,14 +200,23 @@ def training_levels(
 
 
 def _compare(
-    extremes: Extremes, bound: Tensor, levels: Tensor, free: Tensor, learned: int, causal: Tensor | None
+    extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, learned: int, causal: Tensor | None
 ) -> None:
-    """Tell what sequences cost, nats (B, N), at level 0, at the head's levels, and at level 1; the head's come from row `learned` on."""
-    taught = torch.arange(len(bound), device=bound.device) >= learned
-    arms = torch.stack([((levels == 0) | ~free).all(1) & ~taught, taught, ((levels == 1) | ~free).all(1) & ~taught])
-    arms = arms.to(bound.dtype)
-    nats, number = arms @ (bound * free).sum(1), arms @ free.sum(1).to(bound.dtype)
+    """Tell what tokens cost, nats (B, N), at the head's levels (from row `learned` on), at level 0 and at level 1.
+
+    Level 1 is found among the random levels; level 0 too, or, better, of the very sequences of the head, in the clean first pass.
+    """
+    head, ends = _mean(cost[learned:], free[learned:]), []
+    for level in (0, 1):
+        constant = ((levels[:learned] == level) | ~free[:learned]).all(1, keepdim=True)
+        ends.append(_mean(cost[:learned], free[:learned] & constant))
     if causal is not None:
-        nats[0] += (causal.detach() * free).sum()
-        number[0] += free.sum()
-    extremes.update(nats, number)
+        ends[0] = _mean(causal[learned:].detach(), free[learned:])
+    found, tokens = torch.stack([nats for nats, _ in ends]), torch.stack([count for _, count in ends])
+    extremes.update(head[0].expand(2), found, torch.minimum(tokens, head[1]))
+
+
+def _mean(nats: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats per token counted (NaN for none), and how many these are."""
+    count = counted.sum()
+    return (nats * counted).sum() / count, count

@@ -5,6 +5,7 @@ B batch, P prompt tokens, N tokens, V vocabulary, D latent dimension, W width.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,15 +23,22 @@ class Prompted:
     """A model that has read something and can go on: the state between two windows.
 
     `cache` holds BOS (if it is attended) and every token so far, clean; `hidden` (B, 1, W) is the state that speaks of the next token.
+
+    Args:
+        model: the model.
+        prompt: ids (B, P).
+        lengths: (B,) tokens present in each; None is all of P.
+        room: tokens that may follow, which the cache will never exceed; None is no limit.
     """
 
-    def __init__(self, model: Evo, prompt: Tensor, lengths: Tensor | None, room: int) -> None:
+    def __init__(self, model: Evo, prompt: Tensor, lengths: Tensor | None, room: int | None) -> None:
         self.model = model
         self.denoiser = Denoiser.of(model.latent_space, model.schedule)
         size = prompt.shape[1]
         latents = self.denoiser.embeddings[prompt]
         latents, level = model.behind_bos(latents, torch.zeros_like(latents[..., 0]))
-        self.cache = Cache(max(1, latents.shape[1] + room))
+        capacity = max(1, latents.shape[1] + (room or 0))
+        self.cache = Cache(capacity, None if room is None else capacity)
         self.noise_dtype = torch.promote_types(latents.dtype, torch.float32)
         if not latents.shape[1]:
             self.hidden = model.first_hidden(len(prompt))
@@ -62,6 +70,17 @@ class Prompted:
     def forget(self, count: int | Tensor) -> None:
         """Take back the last `count` tokens, int or (B,); something must be read before the next token is spoken of."""
         self.cache.rewind(count)
+
+    def take(self, rows: Tensor) -> Prompted:
+        """Another, with a cache of its own, of these sequences in this order: int64 (R,), R at least 1."""
+        taken = copy.copy(self)
+        taken.cache, taken.hidden = self.cache.take(rows), self.hidden[rows]
+        return taken
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order: int64 (R,), R at least 1."""
+        self.cache.select(rows)
+        self.hidden = self.hidden[rows]
 
     def field(self, length: Tensor | None = None) -> VectorField:
         """The flow of a window behind what has been read. `length` (B,) is how many of its tokens are present; None is all."""

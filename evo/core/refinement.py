@@ -1,10 +1,11 @@
 """From a sketched window to words: walk the plan along the flow, and commit every token whose steps are spent.
 
-B batch, N tokens of one window, K refinement steps, V vocabulary, D latent dimension.
+B batch, N tokens of one window, K refinement steps, R tokens read in one row of the plan, V vocabulary, D latent dimension.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evo.core.denoiser import Denoised, VectorField
+from evo.core.agenda import Agenda, Work
+from evo.core.denoiser import Denoised
+from evo.core.ends import Banned
 from evo.core.prompted import Prompted
 from evo.heads import Decoder
-from evo.schedules import Path
 from evo.solvers import FixedStep, Solver, integrate
+
+Plan = Callable[[Tensor, int, float], Tensor]
+"""A rule for plans: levels (B, N), K and t_min to levels (B, K+1, N)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,9 @@ class Steps:
     """One window's refinement, row by row of its plan.
 
     Attributes:
-        levels: (B, K+1, N) the plan.
-        tokens: (B, K+1, N) what each token would be if it were decoded from the state of that row.
+        levels: (B, K+1, N) the plan; what was committed early is 0 from there on.
+        tokens: (B, K+1, N) what each token would be if it were decoded from the state of that row. A token that waits is not looked at,
+            and stays what it was.
     """
 
     levels: Tensor
@@ -34,98 +40,171 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """How to write: the arguments of `Evo.generate`, checked."""
+    """How to refine: those arguments of `Evo.generate` that say so, checked."""
 
-    max_new_tokens: int
     solver: Solver
-    plan: Path
-    timestep_head: Callable[[Tensor, Tensor], Tensor]
-    prior: Callable[..., Tensor]
+    plan: Plan
     decoder: Decoder
     max_steps: int
     window: int
-    stop: Tensor | None
-    generator: torch.Generator | None
     trajectory: bool
+    refresh: int = 1
+    fidelity: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.refresh, int) or self.refresh < 1:
+            raise ValueError(
+                f"refresh is {self.refresh!r}; it counts steps from one look at the whole window to the next: 1 (every step) or more"
+            )
+        if self.fidelity is not None and not 0 < self.fidelity <= 1:
+            raise ValueError(
+                f"fidelity is {self.fidelity!r}; it is the probability above which a token is final, in (0, 1], or None for no such look"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SketchedWindow:
-    """A window before refinement: tokens (B, N), latents (B, N, D), levels (B, N); `length` (B,) tokens present, None for all."""
+    """A window before refinement.
+
+    Attributes:
+        tokens: (B, N).
+        latents: (B, N, D).
+        levels: (B, N).
+        uniform: (B, N) in [0, 1), of a decoder that draws.
+        length: (B,) tokens present, None for all.
+        banned: what may not be written; None for nothing.
+    """
 
     tokens: Tensor
     latents: Tensor
     levels: Tensor
+    uniform: Tensor
     length: Tensor | None
+    banned: Banned | None = None
 
 
-class _Recorder:
-    """A field that counts its evaluations and keeps what the first of a row found, from which tokens are committed.
+class _LiveField:
+    """The flow of a window, computed where a row of its plan asks for it: 0 for every token that it does not read.
 
-    A self-conditioned network is fed what the first evaluation of the row before found, so that it costs one evaluation too.
+    Counts its evaluations, and keeps what the first of a row found, from which tokens are committed. A self-conditioned network is fed
+    what the first evaluation of the row before found, so that it costs one evaluation too.
     """
 
-    def __init__(self, field: VectorField) -> None:
-        self.field, self.nfe, self.first, self.estimate = field, 0, None, None
+    def __init__(self, state: Prompted, sketch: SketchedWindow) -> None:
+        self.state, self.field, self.banned = state, state.field(), sketch.banned
+        self.estimate = torch.zeros_like(sketch.latents) if self.field.self_conditioned else None
+        self.nfe, self.work = 0, None
+        self._first: tuple[Tensor, Tensor, Denoised] | None = None
 
-    def begin_row(self) -> None:
-        """Forget what was found, but for the estimate that it is."""
-        if self.field.self_conditioned and self.first is not None:
-            self.estimate = self.first.latents
-        self.first = None
+    def begin(self, work: Work) -> None:
+        """Turn to another row."""
+        if self.estimate is not None and self._first is not None and self.work is not None:
+            self.estimate = _put(self.estimate, self.work.read, self._first[2].latents[0])
+        self._first, self.work = None, work
 
-    def denoise(self, latents: Tensor, level: Tensor) -> Denoised:
-        self.nfe += 1
-        denoised = self.field.denoise(latents, level, self.estimate)
-        if self.first is None:
-            self.first = denoised
-        return denoised
+    def found(self, latents: Tensor, level: Tensor) -> Denoised:
+        """What the first evaluation of the row found of the tokens it reads, (1, R, ·); it is made now if it has not been."""
+        return self._denoise(latents, level) if self._first is None else self._first[2]
 
     def __call__(self, latents: Tensor, level: Tensor) -> Tensor:
-        return self.field.velocity(self.denoise(latents, level), latents, level)
+        assert self.work is not None
+        first, read = self._first, self.work.read
+        # A row whose tokens are looked at before they move is not evaluated twice where it begins.
+        again = first is not None and first[0] is latents and first[1] is level
+        denoised = first[2] if first is not None and again else self._denoise(latents, level)
+        velocity = self.field.velocity(denoised, _take(latents, read), _take(level, read))
+        return _put(torch.zeros_like(latents), read, velocity[0])
+
+    def _denoise(self, latents: Tensor, level: Tensor) -> Denoised:
+        assert self.work is not None
+        work, denoiser = self.work, self.field.denoiser
+        self.nfe += 1
+        hidden = self.state.model.backbone(
+            _take(latents, work.computed),
+            _take(level, work.computed),
+            own=torch.ones(1, dtype=torch.bool, device=level.device),
+            estimate=None if self.estimate is None else _take(self.estimate, work.computed),
+            cache=self.state.cache,
+            packing=work.packing,
+        )
+        if work.picked is not None:
+            hidden = hidden.index_select(1, work.picked)
+        logits = self.state.model.readout(hidden, denoiser.embeddings)
+        if self.banned is not None:
+            size = level.shape[1]
+            logits = self.banned(logits[0], work.read // size, work.read % size).unsqueeze(0)
+        denoised = denoiser(logits, _take(latents, work.read), _take(level, work.read))
+        if self._first is None:
+            self._first = latents, level, denoised
+        return denoised
 
 
 def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[Tensor, int, Steps | None]:
     """Walk the plan: tokens (B, N), network evaluations, and the steps if they were asked for.
 
-    A token's last step lands on the denoised latent of the state it starts from, and commits.
+    A token's last step lands on the denoised latent of the state it starts from, and commits. Each sequence is refined as if it were
+    alone; only a solver that chooses its own steps chooses them for all.
+
+    Raises:
+        ValueError: if the network gives NaN or infinity.
     """
     # A plan may be made for windows of full width (`by_order`); a shorter one is its beginning.
     size = sketch.tokens.shape[1]
     levels = F.pad(sketch.levels, (0, request.window - size))
     plan = request.plan(levels, request.max_steps, state.denoiser.schedule.t_min)[..., :size]
-    changes = plan[:, 1:] != plan[:, :-1]
-    commits = changes & (plan[:, 1:] == 0)
-    # One synchronisation a window: which rows do anything, which of them move a token, which commit one.
-    busy, moving, committing = torch.stack(
-        [rows.any(2).any(0) for rows in (changes, changes & ~commits, commits)]
-    ).tolist()
-    field = _Recorder(state.field(sketch.length))
+    if request.fidelity is not None:
+        plan = plan.clone()
+    field = _LiveField(state, sketch)
+    agenda = Agenda(
+        plan,
+        list(state.cache.ends(0) or [state.cache.length] * len(plan)),
+        [size] * len(plan) if sketch.length is None else sketch.length.tolist(),
+        refresh=request.refresh,
+        waiting=field.field.self_conditioned,
+    )
     embeddings, solver = state.denoiser.embeddings, request.solver
     tokens, latents, memory = sketch.tokens, sketch.latents, None
     finite, seen = torch.ones((), dtype=torch.bool, device=tokens.device), [tokens]
     for row in range(request.max_steps):
-        if busy[row]:
-            level, commit = plan[:, row], commits[:, row]
-            target = torch.where(commit, level, plan[:, row + 1])
-            field.begin_row()
-            moved = latents
-            if moving[row] and isinstance(solver, FixedStep):
+        if (work := agenda.begin(row)) is not None:
+            level, after = plan[:, row], plan[:, row + 1]
+            moving, any_moving = (after != level) & (after > 0), work.moving
+            field.begin(work)
+            if request.fidelity is not None:
+                settled = field.found(latents, level).log_probs[0].amax(-1) >= math.log(request.fidelity)
+                any_moving = agenda.settle(settled.cpu())
+                early = _put(torch.zeros_like(moving), work.read, settled) & moving
+                moving = moving & ~early
+                plan[:, row + 1 :].masked_fill_(early.unsqueeze(1), 0.0)
+            moved, target = latents, torch.where(moving, after, level)
+            if any_moving and isinstance(solver, FixedStep):
                 moved, memory = solver.step(field, latents, level, target, memory)
-            elif moving[row]:
+            elif any_moving:
                 moved = integrate(field, latents, level, target, solver=solver).latents
-            found = field.first if field.first is not None else field.denoise(latents, level)
+            found = field.found(latents, level)
             finite = finite & found.latents.isfinite().all()
-            latents = torch.where((changes[:, row] & ~commit).unsqueeze(-1), moved, latents)
-            if committing[row]:
-                chosen = request.decoder(found.log_probs, found.latents, embeddings, request.generator)
-                tokens = torch.where(commit, chosen, tokens)
-                latents = torch.where(commit.unsqueeze(-1), embeddings[tokens].to(latents.dtype), latents)
+            latents = torch.where(moving.unsqueeze(-1), moved, latents)
             if request.trajectory:
-                seen[-1] = torch.where(level > 0, found.log_probs.argmax(-1), seen[-1])
+                seen[-1] = _put(seen[-1], work.read, found.log_probs[0].argmax(-1))
+            if (commit := agenda.commit()) is not None:
+                among, places = commit
+                log_probs, uniform = found.log_probs[0, among], _take(sketch.uniform, places)[0]
+                chosen = request.decoder(log_probs, found.latents[0, among], embeddings, uniform)
+                tokens = _put(tokens, places, chosen)
+                latents = _put(latents, places, embeddings[chosen].to(latents.dtype))
         if request.trajectory:
             seen.append(tokens)
     if not finite:
         raise ValueError("the network gave NaN or infinite latents while refining; look for such values in its weights")
     steps = Steps(levels=plan, tokens=torch.stack(seen, 1)) if request.trajectory else None
     return tokens, field.nfe, steps
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """Of (B, N, ...), what stands at these places (T,) of the window laid flat: (1, T, ...)."""
+    return x.flatten(0, 1).index_select(0, places).unsqueeze(0)
+
+
+def _put(x: Tensor, places: Tensor, new: Tensor) -> Tensor:
+    """A copy of (B, N, ...) with new values (T, ...) at these places (T,) of the window laid flat."""
+    return x.flatten(0, 1).index_copy(0, places, new).view_as(x)

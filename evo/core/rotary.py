@@ -172,7 +172,7 @@ class RotaryTable(nn.Module):
     def forward(self, positions: Tensor, angle_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Positions (B or 1, N) -> cosines and signed sines, (B or 1, 1, N, C) each, in `dtype`; angles in `angle_dtype` or float32."""
         angle_dtype = torch.promote_types(angle_dtype, torch.float32)
-        angles = positions.clamp(min=0).to(angle_dtype).unsqueeze(-1) * self.frequencies.to(angle_dtype)
+        angles = positions.to(angle_dtype).unsqueeze(-1) * self.frequencies.to(angle_dtype)
         cos, sin = (angles.cos() * self.amplitude).unsqueeze(1), (angles.sin() * self.amplitude).unsqueeze(1)
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 

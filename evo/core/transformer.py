@@ -15,6 +15,7 @@ from evo.core.backends import Attend, Backend, auto
 from evo.core.cache import Cache
 from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU, default_hidden
 from evo.core.masks import Causal, Mask
+from evo.core.packing import PackedAttend, PackedCache, Packing
 from evo.core.pattern import Pattern
 from evo.core.rotary import Rotary, RotaryTable
 
@@ -68,8 +69,8 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        attend: Attend,
-        cache: Cache | None,
+        attend: Attend | PackedAttend,
+        cache: Cache | PackedCache | None,
         layer: int,
         store: bool,
     ) -> Tensor:
@@ -183,6 +184,7 @@ class Transformer(nn.Module):
         estimate: Tensor | None = None,
         cache: Cache | None = None,
         store: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Latents (B, N, D) at levels (B, N) -> hidden states (B, N, W).
 
@@ -193,27 +195,40 @@ class Transformer(nn.Module):
                 nothing, and nothing is taken of it where the level is 0.
             cache: keys and values of earlier positions, seen by these, which stand behind them.
             store: add the keys and values of these positions to the cache.
+            packing: (B, N) is then (1, T), tokens from anywhere in sequences of the cache, which see their whole sequence and
+                overwrite their slots; `mask` stays None, `store` False.
 
         Raises:
-            ValueError: if the tokens reach past the last position, or for an estimate that this network has no input for.
+            ValueError: if the tokens reach past the last position, for an estimate that this network has no input for, or for a
+                packing without a cache or with what it excludes.
         """
         count = latents.shape[1]
-        keys = count if cache is None else cache.length + count
+        if packing is not None:
+            if cache is None or mask is not None or store:
+                raise ValueError(
+                    "packed tokens need a cache, and take neither mask nor store: their packing says whom they see"
+                )
+            keys = packing.keys
+        else:
+            keys = count if cache is None else cache.length + count
         if keys > self.positions:
             raise ValueError(
                 f"{keys} positions do not fit this model's {self.positions}: "
                 "shorten the sequence, or build it with a larger context"
             )
-        pattern = Pattern(
-            mask=Causal() if mask is None else mask,
-            queries=0 if cache is None else cache.positions(count),
-            count=count,
-            keys=keys,
-            batch=len(latents),
-            device=latents.device,
-            ends=None if cache is None else cache.ends(count),
-        )
-        attend = Attend(self.attention, pattern)
+        if packing is not None and cache is not None:
+            attend, memory, positions = packing.attend(self.attention), packing.over(cache), packing.slots.unsqueeze(0)
+        else:
+            pattern = Pattern(
+                mask=Causal() if mask is None else mask,
+                queries=0 if cache is None else cache.positions(count),
+                count=count,
+                keys=keys,
+                batch=len(latents),
+                device=latents.device,
+                ends=None if cache is None else cache.ends(count),
+            )
+            attend, memory, positions = Attend(self.attention, pattern), cache, pattern.positions
         # The residual stream keeps the dtype of the weights, also where autocast narrows what flows into it.
         dtype = self.norm.weight.dtype
         x = self.embed(latents.to(dtype)).to(dtype) + self.level_embedding(level)
@@ -225,13 +240,13 @@ class Transformer(nn.Module):
             # A realised token is known; nothing is estimated of it.
             estimate = torch.where((level > 0).unsqueeze(-1), estimate, 0.0).to(self.estimate_embed.weight.dtype)
             x = x + self.estimate_embed(estimate)
-        positions, rotation = pattern.positions, None
+        rotation = None
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         if self.rotary is not None:
             rotation = self.rotary(positions, level.dtype, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, attend, cache, layer, store)
+            x = block(x, rotation, attend, memory, layer, store)
         if cache is not None and store:
             cache.advance(count)
         return self.norm(x)

@@ -4,7 +4,7 @@ Nothing here knows of the rest of the library: a head takes tensors and returns 
 """
 
 from evo.heads.decoder import Decoder, LinearDecoder, NearestNeighborDecoder
-from evo.heads.prior import NucleusPrior
+from evo.heads.prior import NucleusPrior, Prior
 from evo.heads.readout import LinearReadout, Readout, TiedReadout
 from evo.heads.timestep import EntropyTimestep, FixedTimestep, TimestepHead
 
@@ -16,6 +16,7 @@ __all__ = [
     "LinearReadout",
     "NearestNeighborDecoder",
     "NucleusPrior",
+    "Prior",
     "Readout",
     "TiedReadout",
     "TimestepHead",

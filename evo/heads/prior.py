@@ -49,11 +49,9 @@ class NucleusPrior:
         logits = logits / self.temperature
         if self.top_p == 1:
             return logits.log_softmax(-1)
-        mass, order = self._nucleus(logits)
-        outside = torch.ones_like(logits, dtype=torch.bool)
-        # A token is inside if it adds to the mass.
-        inside = mass.diff(dim=-1, prepend=torch.zeros_like(mass[..., :1])) > 0
-        return logits.masked_fill(outside.scatter(-1, order, ~inside), -torch.inf).log_softmax(-1)
+        _, kept, order = self._nucleus(logits)
+        outside = torch.zeros_like(kept).scatter(-1, order, ~kept)
+        return logits.masked_fill(outside, -torch.inf).log_softmax(-1)
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Logits (..., V) and numbers (...) in [0, 1) -> token ids (...), by inversion of the cumulative distribution."""
@@ -63,18 +61,20 @@ class NucleusPrior:
             return logits.argmax(-1)
         logits = logits / self.temperature
         if self.top_p == 1:
-            mass, order = logits.softmax(-1).cumsum(-1), None
+            order, mass = None, logits.softmax(-1).cumsum(-1)
+            total = mass[..., -1:]
         else:
-            mass, order = self._nucleus(logits)
-        total = mass[..., -1:]
-        # Strictly below the whole mass, also where the product is rounded up: what is found then has a probability above 0.
+            mass, kept, order = self._nucleus(logits)
+            total = mass.masked_fill(~kept, 0.0).amax(-1, keepdim=True)
+        # Strictly below the whole, also where the product is rounded up: the token found has a probability above 0.
         cut = torch.minimum(uniform.unsqueeze(-1) * total, total * (1 - torch.finfo(total.dtype).eps))
-        found = torch.searchsorted(mass, cut, right=True)
-        return (found if order is None else order.gather(-1, found)).squeeze(-1)
+        # Counted, not searched for: of NaN, which nothing exceeds, that is still an id.
+        found = (mass <= cut).sum(-1)
+        return found if order is None else order.gather(-1, found.unsqueeze(-1)).squeeze(-1)
 
-    def _nucleus(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Of tokens by falling probability: the mass of each and of all before it, which stops growing where the nucleus ends, and ids."""
+    def _nucleus(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of tokens by falling probability: the mass of each with all before it, whether it is kept, and its id, (..., V) each."""
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
         mass = probs.cumsum(-1)
         # A token stays while those before it have not yet reached top_p; the first always does.
-        return torch.where(mass - probs < self.top_p, mass, mass.new_zeros(())).cummax(-1).values, order
+        return mass, mass - probs < self.top_p, order

@@ -49,6 +49,10 @@ class Entries:
         """Whether it is there and not null."""
         return self.data.get(name) is not None
 
+    def says_none(self, name: str) -> bool:
+        """Whether it is there and null, where that says more than its absence."""
+        return name in self.data and self.data[name] is None
+
     def within(self, name: str) -> Entries:
         """The object of this name; an empty one if it is missing."""
         value = self._get(name, {})

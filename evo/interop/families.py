@@ -138,9 +138,10 @@ def _context(config: Entries, slides: bool | None) -> int:
     kinds = config.data.get("layer_types") or []
     if not (isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)):
         raise config.error("layer_types", "a list of full_attention and sliding_attention")
-    if slides is None or not config.has("sliding_window") or not config.flag("use_sliding_window", slides):
+    if slides is None or not config.flag("use_sliding_window", slides) or config.says_none("sliding_window"):
         return positions
-    return min(positions, config.integer("sliding_window"))
+    # A config that says nothing of its window has the one that these families were first published with.
+    return min(positions, config.integer("sliding_window", 4096))
 
 
 def _read_llama(config: Entries) -> dict[str, Any]:

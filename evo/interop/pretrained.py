@@ -21,11 +21,11 @@ from evo.core.sizes import blueprint
 from evo.heads import TimestepHead
 from evo.interop.entries import Entries
 from evo.interop.families import Family, Layout, family_of
-from evo.schedules import Cosine, Schedule, from_config
+from evo.schedules import Cosine, Schedule
 
 _CONFIG_LIMIT = 1 << 20
 _FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-_TABLE, _HEAD = "latent_space.table", "readout.linear.weight"
+_TABLE, _HEAD, _POSITIONS = "latent_space.table", "readout.linear.weight", "backbone.position_embedding.weight"
 
 
 def from_pretrained(
@@ -37,6 +37,7 @@ def from_pretrained(
     dropout: float = 0.0,
     self_conditioning: bool = False,
     slack: int = 128,
+    freeze: str | None = None,
     revision: str | None = None,
 ) -> Evo:
     """An Evo whose context logits at level 0 are the logits of a pretrained causal language model, in evaluation mode.
@@ -44,24 +45,29 @@ def from_pretrained(
     Row i of `context_logits` is what that model says behind tokens 0..i-1; of token 0, of which it says nothing, row 0 is even.
     Llama, Qwen2, Qwen2.5, Qwen3, Mistral and GPT-2 are read, from safetensors, tensor by tensor: the other model is never built,
     and memory holds the weights once. What Evo adds (conditioning on the level, the role of a position, the head of progression
-    times, further dimensions of the latents) says nothing until it is trained; `freeze_backbone` trains it alone.
+    times, further dimensions of the latents) says nothing until it is trained; `freeze="backbone"` trains it alone.
 
     Args:
         source: a directory in the Hugging Face layout, or the id of a model on its hub, which needs huggingface_hub.
         dtype: of the weights; None is that of the embeddings in the checkpoint.
         context: the longest sequence, in tokens; None is the longest that is exact: all positions, but no more than a sliding window.
-        schedule: the noise schedule; None is `Cosine()`.
+        schedule: the noise schedule, which becomes the model's own, as it has been trained; None is `Cosine()`.
         dropout: on both residual branches.
         self_conditioning: add an input for an earlier estimate of the clean latents.
         slack: dimensions of a latent beyond the pretrained embedding, see `evo.core.pretrained`.
+        freeze: "backbone" leaves trainable only what Evo adds, as `freeze_backbone` does; None trains everything.
         revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
         FileNotFoundError: where there is no config or no weights.
         ImportError: for a hub id without huggingface_hub.
         ValueError: for a model of another family, an option of a family that is not computed here, a longer context than is exact,
-            or files that are damaged or do not hold what the config says.
+            files that are damaged or do not hold what the config says, an unknown `freeze`, or a dtype that weights cannot have.
     """
+    if freeze not in (None, "backbone"):
+        raise ValueError(f"freeze is {freeze!r}; known are 'backbone', and None to train everything")
+    if dtype is not None and not _is_weight(dtype):
+        raise ValueError(f"dtype is {dtype}; weights are floating-point numbers of 16 bits or more")
     directory, within = _local(source, revision)
     file = directory / "config.json"
     if not file.is_file():
@@ -71,6 +77,7 @@ def from_pretrained(
         raise ValueError(f"{file} holds {type(data).__name__}; a model config is a JSON object")
     entries = Entries(data, str(file))
     family = family_of(entries)
+    schedule = Cosine() if schedule is None else schedule
     # Its scale is known when the embeddings are.
     vocabulary = PretrainedVocabulary(scale=1.0, slack=slack, tied=entries.flag("tie_word_embeddings", family.tied))
     config = EvoConfig(
@@ -80,17 +87,17 @@ def from_pretrained(
         pretrained=vocabulary,
         dropout=dropout,
         self_conditioning=self_conditioning,
-        schedule=(Cosine() if schedule is None else schedule).config(),
+        schedule=schedule.config(),
     )
-    if context is not None:
-        if not 0 < context <= config.context:
-            raise ValueError(f"context is {context}; this model is exact for 1 to {config.context} tokens")
-        config = replace(config, context=context)
+    context = config.context if context is None else context
+    if not 0 < context <= config.context:
+        raise ValueError(f"context is {context}; this model is exact for 1 to {config.context} tokens")
     shards = Shards.open(directory, within=within)
     try:
-        return _assemble(config, vocabulary, family, shards, dtype)
+        model = _assemble(config, context, vocabulary, schedule, family, shards, dtype)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
+    return model if freeze is None else freeze_backbone(model)
 
 
 def freeze_backbone(model: Evo) -> Evo:
@@ -118,7 +125,13 @@ def freeze_backbone(model: Evo) -> Evo:
 
 
 def _assemble(
-    config: EvoConfig, vocabulary: PretrainedVocabulary, family: Family, shards: Shards, dtype: torch.dtype | None
+    config: EvoConfig,
+    context: int,
+    vocabulary: PretrainedVocabulary,
+    schedule: Schedule,
+    family: Family,
+    shards: Shards,
+    dtype: torch.dtype | None,
 ) -> Evo:
     layout = _placed(family.layout, shards)
     table_name = layout.prefix + layout.table
@@ -145,8 +158,8 @@ def _assemble(
     vocabulary = PretrainedVocabulary.of(table, tied=vocabulary.tied, slack=vocabulary.slack)
     # Without memory for weights that would be thrown away: every one of them is assigned below.
     with torch.device("meta"):
-        model = replace(config, pretrained=vocabulary).build()
-    model.schedule = from_config(config.schedule)
+        model = replace(config, context=context, pretrained=vocabulary).build()
+    model.schedule = schedule
     model.timestep_head = TimestepHead(config.width).to(dtype)
     state = {_TABLE: vocabulary.lift(table)}
     del table
@@ -154,6 +167,8 @@ def _assemble(
         state[_HEAD] = shards.read(layout.head).to(dtype)
     for piece in pieces:
         state.update(piece.split(shards.read(piece.theirs).to(dtype), shapes))
+    if context < config.context and _POSITIONS in state:
+        state[_POSITIONS] = state[_POSITIONS][:context].clone()
     for name, added in model.state_dict().items():
         if name not in state:
             # What Evo adds is silent until it is trained.

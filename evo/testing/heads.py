@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from evo.heads import Decoder
+from evo.heads import Decoder, Prior
 from evo.testing.errors import require, require_all, require_equal
 
 
@@ -15,12 +15,6 @@ class Timestep(Protocol):
     """A head that chooses levels."""
 
     def __call__(self, hidden: Tensor, context_logits: Tensor) -> Tensor: ...
-
-
-class Prior(Protocol):
-    """What draws a token from logits."""
-
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 def check_head(
@@ -48,7 +42,7 @@ def check_head(
         if decoder is not None:
             _check_decoder(decoder, vocab_size, generator)
     still = torch.equal(before, torch.get_rng_state())
-    require("a head draws from the generator it is given, and no other", still, "torch's own moved")
+    require("a head draws by the numbers it is given, and from no generator", still, "torch's own moved")
 
 
 def _logits(vocab_size: int, generator: torch.Generator) -> Tensor:
@@ -75,19 +69,24 @@ def _check_timestep_head(head: Timestep, hidden: Tensor, logits: Tensor) -> None
 
 def _check_prior(prior: Prior, logits: Tensor) -> None:
     given = logits.clone()
-    tokens = prior(logits, torch.Generator().manual_seed(1))
+    chance = torch.Generator().manual_seed(1)
+    uniform = torch.rand(logits.shape[:-1], generator=chance)
+    tokens = prior(logits, uniform)
     require_equal("a prior leaves its logits as they were", logits, given)
     _require_tokens("a prior", tokens, logits.shape[:-1], logits.shape[-1])
-    one_each = prior(logits[:, 1], torch.Generator().manual_seed(1))
-    _require_tokens("a prior", one_each, logits.shape[:1], logits.shape[-1])
-    for seed in range(20):
-        drawn = prior(logits, torch.Generator().manual_seed(seed))
+    one_each = torch.stack([prior(logits[:, i], uniform[:, i]) for i in range(logits.shape[1])], 1)
+    _require_tokens("a prior", one_each[:, 0], logits.shape[:1], logits.shape[-1])
+    require_equal("a token depends on its own logits and its own number alone", one_each, tokens)
+    most = 1 - torch.finfo(uniform.dtype).eps / 2  # the largest number below 1
+    chances = torch.cat([torch.zeros(1), torch.full((1,), most), torch.rand(20, generator=chance)])
+    for number in chances:
+        drawn = prior(logits, number.expand_as(uniform))
         allowed = logits.gather(-1, drawn[..., None])[..., 0] > -torch.inf
         require_all("a prior never draws a token whose logit is −∞", allowed, token=drawn)
     certain = logits[0, 1].argmax()
     told = f"drew {int(tokens[0, 1])}, certain was {int(certain)}"
     require("a prior draws a certain token", bool(tokens[0, 1] == certain), told)
-    require_equal("the same seed draws the same tokens", prior(logits, torch.Generator().manual_seed(1)), tokens)
+    require_equal("the same numbers draw the same tokens", prior(logits, uniform), tokens)
 
 
 def _check_decoder(decoder: Decoder, vocab_size: int, generator: torch.Generator) -> None:
@@ -95,7 +94,7 @@ def _check_decoder(decoder: Decoder, vocab_size: int, generator: torch.Generator
     tokens = torch.randint(vocab_size, (3, 5), generator=generator)
     logits = 60.0 * nn.functional.one_hot(tokens, vocab_size)
     denoised = embeddings[tokens]
-    decoded = decoder(logits, denoised, embeddings, torch.Generator().manual_seed(1))
+    decoded = decoder(logits, denoised, embeddings, torch.rand(tokens.shape, generator=generator))
     _require_tokens("a decoder", decoded, tokens.shape, vocab_size)
     require_equal("a decoder reads a token that logits and latent agree on", decoded, tokens)
 

@@ -114,11 +114,7 @@ def budget(
     parameters = Parameters.of(config)
     state = StateBytes.of(parameters.total)
     gathered = _gathered_bytes(config, parameters, gpus, precision, checkpointing)
-    space = one_block(config).latent_space
-    table = space.vocab_size * space.dim
-    vocabulary = 2 * 4 * (2 * table + space.vocab_size) + (
-        precision.compute_bytes * table if precision.compute_bytes < 4 else 0
-    )
+    vocabulary = _vocabulary_bytes(config, precision)
     activations = activation_bytes(config, length=length, precision=precision, checkpointing=checkpointing)
     fixed = state.total / gpus + gathered + vocabulary
     if micro_batch is None:
@@ -167,7 +163,9 @@ def _gathered_bytes(
 ) -> int:
     """On each GPU: weights of some blocks and of all that is outside blocks, with gradients; casts that autocast keeps."""
     outside = parameters.total - config.depth * parameters.block
-    gathered = 0 if gpus == 1 else 2 * precision.gathered_bytes * (GATHERED_BLOCKS * parameters.block + outside)
+    # One GPU has nothing to gather, unless it computes in narrower copies.
+    copied = gpus > 1 or precision.gathered_bytes < 4
+    gathered = 2 * precision.gathered_bytes * (GATHERED_BLOCKS * parameters.block + outside) if copied else 0
     if precision.casts:
         gathered += precision.compute_bytes * parameters.block * (1 if checkpointing else config.depth)
     return gathered

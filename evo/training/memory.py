@@ -158,7 +158,7 @@ def activation_bytes(
     # The last norm and the readout behind it; level features; latents, noise and queries of the evidence, all float32.
     others = positions * (width * (residual + compute + normalised) + dim * compute)
     others += positions * 2 * backbone.level_embedding.frequencies * compute
-    others += length * (8 * 4 * dim + compute * dim)
+    others += length * 6 * 4 * dim
     logits = length * vocabulary * 4
     masks = (length + bos) ** 2 * compute * (1 if checkpointing else config.depth) if mask_matrices else 0
     return ActivationBytes(
@@ -178,11 +178,12 @@ def _block_bytes(config: EvoConfig, block: nn.Module, precision: Precision, fuse
     kept += (4 if gated else 2) * hidden * compute
     # Two norms: input, statistics, and the output for the products behind it, once each or (autocast) once for every product.
     copies = (3 + (2 if gated else 1)) if precision.casts else 2
-    kept += 2 * (width * residual + 4) + copies * width * compute
-    if isinstance(config.norm, RMSNorm) and not fused:
-        kept += 2 * width * residual
+    rms = isinstance(config.norm, RMSNorm)
+    statistics, inputs = 4 if rms else 8, 2 if rms and not fused else 1
+    kept += 2 * (inputs * width * residual + statistics) + copies * width * compute
     if config.qk_norm:
-        kept += (heads + kv) * compute * (1 if fused else 2)
+        # In the precision of the weights, which is that of the residual stream.
+        kept += inputs * (heads + kv) * residual + statistics * (config.heads + (config.kv_heads or config.heads))
     if config.dropout:
         kept += 2 * width
     return kept

@@ -1,0 +1,168 @@
+"""Sketching a window: token after token, each at a level of its own.
+
+B sequences of the window, A of them still being sketched, n tokens, N tokens of the window, V vocabulary, D latent dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evo.core.ends import Ends
+from evo.core.prompted import Prompted
+from evo.heads import FixedTimestep, Prior
+from evo.schedules import step_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sketch: those arguments of `Evo.generate` that say so, checked.
+
+    Attributes:
+        timestep_head: levels from hidden states and context logits.
+        prior: tokens from context logits.
+        max_steps: K; a level that gets no step is 0.
+        every: tokens between two looks of the host at what has been drawn.
+    """
+
+    timestep_head: Callable[[Tensor, Tensor], Tensor]
+    prior: Prior
+    max_steps: int
+    every: int
+
+    def refined(self, level: Tensor, t_min: float) -> Tensor:
+        """Whether a token of this level gets any step."""
+        return (step_counts(level, self.max_steps) >= 1) & (level > t_min)
+
+    def never_refines(self, like: Tensor, t_min: float) -> bool:
+        """Whether it is known beforehand that every token is final at once; levels have the dtype of `like`."""
+        head = self.timestep_head
+        return isinstance(head, FixedTimestep) and not self.refined(like.new_full((), head.value), t_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Tokens of one sequence that have become final: its row in the window, the place of the first, ids, levels, whether it ends here."""
+
+    row: int
+    place: int
+    tokens: list[int]
+    levels: list[float]
+    last: bool
+
+
+class WindowSketch:
+    """A window being sketched behind what `state` has read.
+
+    A sequence that has ended is left out from the next look on. If nothing of it is to be refined, it leaves `state` too; else it stays
+    there until refinement, and the others go on in a state of their own.
+
+    Args:
+        state: what precedes the window.
+        noise: (B, N, D) standard normal.
+        uniform: (B, N) in [0, 1).
+        ends: where the sequences end.
+        start: new tokens before this window.
+        how: how to sketch.
+
+    Attributes:
+        state: what precedes the sequences in `standing`, with the first `read` of their tokens.
+        standing: rows of the window.
+        tokens, latents, levels: (B, N) int64, (B, N, D) and (B, N); of them `size` columns are sketched.
+        length: of each sequence, how many of its tokens are present.
+        ended: of each, whether its last token is known.
+        noisy: of each, whether anything is to be refined.
+        shown: of each, how many tokens have been handed out.
+        banned: what may not come in this window.
+    """
+
+    def __init__(self, state: Prompted, noise: Tensor, uniform: Tensor, ends: Ends, start: int, how: Sampling) -> None:
+        batch, count = noise.shape[:2]
+        self.state, self.noise, self.uniform, self.ends, self.start, self.how = state, noise, uniform, ends, start, how
+        self.standing, self.read, self.size = list(range(batch)), 0, 0
+        self.tokens = torch.zeros(batch, count, dtype=torch.int64, device=noise.device)
+        self.latents, self.levels = torch.zeros_like(noise), torch.zeros_like(noise[..., 0])
+        self.length, self.shown = [count] * batch, [0] * batch
+        self.ended, self.noisy = [False] * batch, [False] * batch
+        self.banned = ends.banned(start, state.model.latent_space.vocab_size, noise.device)
+        self._t_min = state.denoiser.schedule.t_min
+        # A head that says 0 of every token need not be asked.
+        self._still = how.never_refines(noise, self._t_min)
+
+    def run(self) -> Iterator[Run]:
+        """Sketch the window, handing out what nothing can change any more, sequence by sequence in order.
+
+        Raises:
+            ValueError: for logits that are not finite.
+        """
+        count, device = self.tokens.shape[1], self.tokens.device
+        walker, active, rows, last = self.state, self.standing, torch.arange(len(self.standing), device=device), None
+        while self.size < count and active:
+            begin, self.size = self.size, min(self.size + self.how.every, count)
+            columns = []
+            for index in range(begin, self.size):
+                if last is not None:
+                    walker.read(*last)
+                logits = walker.speak()
+                token, latent, level = self._draw(walker.hidden, logits, index, rows)
+                columns.append((token, latent, level, logits))
+                last = latent.unsqueeze(1), level.unsqueeze(1)
+            if walker is self.state:
+                self.read = self.size - 1
+            # The latest token sees all others: what is not finite anywhere has reached it.
+            if not columns[-1][3].isfinite().all():
+                raise ValueError(
+                    "the network gave NaN or infinite logits while sketching; look for such values in its weights"
+                )
+            places, here = slice(None) if len(rows) == len(self.tokens) else rows, slice(begin, self.size)
+            tokens, levels = (torch.stack([column[part] for column in columns], 1) for part in (0, 2))
+            self.tokens[places, here] = tokens
+            if not self._still:
+                self.latents[places, here] = torch.stack([column[1] for column in columns], 1)
+                self.levels[places, here] = levels
+            yield from self._look(active, begin, tokens.tolist(), levels.tolist())
+            going = [place for place, row in enumerate(active) if not self.ended[row]]
+            if going and len(going) < len(active):
+                chosen = torch.tensor(going, device=device)
+                if walker is self.state and not any(self.ended[row] and self.noisy[row] for row in active):
+                    walker.select(chosen)
+                    self.standing = [active[place] for place in going]
+                else:
+                    walker = walker.take(chosen)
+                rows = rows[chosen]
+                last = last and (last[0][chosen], last[1][chosen])
+            active = [active[place] for place in going]
+
+    def _draw(self, hidden: Tensor, logits: Tensor, index: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token (A,), latent (A, D) and level (A,) at one place, from the hidden states (A, 1, W) and logits (A, V) that speak of it."""
+        allowed = logits if self.banned is None else self.banned(logits, rows, index)
+        token = self.how.prior(allowed, self._of(self.uniform, rows, index))
+        clean = self.state.denoiser.embeddings[token].to(self.noise.dtype)
+        if self._still:
+            return token, clean, self.levels.new_zeros(len(token))
+        level = self.how.timestep_head(hidden, logits.unsqueeze(1))[:, 0].to(clean.dtype)
+        refined = self.how.refined(level, self._t_min)
+        level = torch.where(refined, level, 0.0)
+        noised = self.state.denoiser.schedule.noised(clean, self._of(self.noise, rows, index), level)
+        return token, torch.where(refined.unsqueeze(1), noised, clean), level
+
+    def _of(self, values: Tensor, rows: Tensor, index: int) -> Tensor:
+        column = values[:, index]
+        return column if len(rows) == len(column) else column[rows]
+
+    def _look(self, active: list[int], begin: int, tokens: list[list[int]], levels: list[list[float]]) -> Iterator[Run]:
+        for row, drawn, noise in zip(active, tokens, levels, strict=True):
+            live = [level > 0 for level in noise]
+            end = self.ends.end(row, self.start + begin, drawn, [not each for each in live])
+            if end is not None:
+                self.length[row], self.ended[row] = begin + end, True
+                drawn, noise, live = drawn[:end], noise[:end], live[:end]
+            final = 0 if self.noisy[row] else [*live, True].index(True)
+            self.noisy[row] |= any(live)
+            if final:
+                self.shown[row] += final
+                last = self.ended[row] and not self.noisy[row]
+                yield Run(row=row, place=begin, tokens=drawn[:final], levels=noise[:final], last=last)
