@@ -77,7 +77,7 @@ def test_masks_and_lengths(arguments, said):
         ({"max_steps": 0}, "max_steps is 0"),
         ({"solver": Heun(steps=3)}, "steps=3 and max_steps is 20"),
         ({"stop": 7}, "stop is 7"),
-        ({"stop": []}, r"stop is \[\]"),
+        ({"stop": []}, "stop is empty"),
         ({"lengths": torch.tensor([6, 1])}, r"lengths must lie in \[0, 5\]"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
