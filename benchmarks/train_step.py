@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py
 
-Two passes, the sketch and the refinement, cost two. Learned levels add a first pass without gradient.
+Two passes, the sketch and the refinement, cost two. Learned levels add a first pass without gradient, and as `evo train` does it, one with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from _harness import compare, describe_machine, keep_memory, parser, table, write_json
 
 from evo import Evo, Objective
-from evo.core import Exploration
+from evo.core import ClockDensity, Exploration, Extremes
+from evo.training import CurriculumConfig
+from evo.training.curriculum import objective
 
 
 def main() -> None:
@@ -33,6 +35,8 @@ def main() -> None:
     tokens = torch.randint(0, 256, shape, device=given.device, generator=draws)
     levels = torch.rand(shape, device=given.device, generator=draws)
     learned = Objective(exploration=Exploration(share=0.0))
+    # Half-way through a run.
+    trained = objective(CurriculumConfig(), 1, 3, ClockDensity().to(given.device), Extremes().to(given.device))
 
     def step(loss: torch.Tensor) -> None:
         loss.backward()
@@ -45,7 +49,8 @@ def main() -> None:
     steps: dict[str, Callable[[], None]] = {
         "random levels": lambda: step(model(tokens, levels=levels, generator=draws).loss),
         "learned levels": lambda: step(model(tokens, objective=learned, generator=draws).loss),
-        "half of each (the default)": lambda: step(model(tokens, generator=draws).loss),
+        "half of each": lambda: step(model(tokens, generator=draws).loss),
+        "as `evo train` does": lambda: step(model(tokens, objective=trained, generator=draws).loss),
     }
     machine = describe_machine(given.device)
     found = {name: compare(work, causal, device=given.device, rounds=given.rounds) for name, work in steps.items()}

@@ -78,7 +78,10 @@ def test_at_level_0_tokens_come_as_they_are_written(every):
 
 def test_a_token_waits_for_the_noise_before_it_and_for_no_other():
     levels = iter([0.0, 0.0, 0.9, 0.0, 0.0])
-    head = lambda hidden, logits: logits.new_full(logits.shape[:-1], next(levels))  # noqa: E731
+
+    def head(hidden, logits):
+        return logits.new_full(logits.shape[:-1], next(levels))
+
     chunks = list(MODEL.stream(prompt_of(0, 1), 5, timestep_head=head, generator=generator(0)))
     assert [(chunk.position, len(chunk.tokens)) for chunk in chunks] == [(0, 1), (1, 1), (2, 3)]
 
@@ -174,3 +177,9 @@ def test_a_callers_generator_moves_by_one_number_a_sequence():
 def test_a_look_needs_a_token():
     with pytest.raises(ValueError, match="every is 0"):
         MODEL.stream(prompt_of(0), 4, every=0)
+
+
+@pytest.mark.parametrize("options", [{"trajectory": True}, {"top_q": 0.9}])
+def test_an_option_that_it_does_not_take_is_named_at_the_call(options):
+    with pytest.raises(TypeError, match=f"takes no {next(iter(options))}"):
+        MODEL.stream(prompt_of(0), 4, **options)

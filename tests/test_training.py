@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evo.core import ClockDensity, Evo, Extremes
+from evo.core import Evo
 from evo.training import (
     CurriculumConfig,
     Ema,
@@ -22,13 +22,11 @@ from evo.training import (
     train,
 )
 from evo.training.config import differences
-from evo.training.curriculum import objective, windows
 from evo.training.data import open_corpus
 from evo.training.loop import train_step
 from evo.training.metrics import Meter, MetricsLog
 from evo.training.optimizer import step_if
 from evo.training.precision import autocast, pick_device
-from evo.training.seeds import Purpose, derive
 from evo.training.state import TrainState
 
 SMALL = {"width": 16, "depth": 1, "heads": 1}
@@ -128,62 +126,6 @@ def test_the_average_follows_its_recursion(seed, decay, first):
     torch.testing.assert_close(ema.model.weight, expected, rtol=1e-12, atol=1e-12)
     assert not ema.model.training
     assert not ema.model.weight.requires_grad
-
-
-# What a step is asked.
-
-
-@given(seed=steps, step=steps, count=st.integers(1, 40), length=st.integers(2, 50), share=st.floats(0, 1))
-def test_windows_are_prompts_followed_by_at_least_one_token(seed, step, count, length, share):
-    prompts, ends = windows(share, seed, step, count, length)
-    whole = (prompts == 0) & (ends == length)
-    assert ((prompts >= 1) & (prompts < ends) & (ends <= length) | whole).all()
-    assert all(
-        torch.equal(a, b) for a, b in zip(windows(share, seed, step, count, length), (prompts, ends), strict=True)
-    )
-
-
-def test_windows_fill_their_share_and_every_place():
-    prompts, ends = windows(0.25, 0, 0, 40_000, 5)
-    chosen = prompts > 0
-    assert abs(int(chosen.sum()) - 10_000) < 5 * (40_000 * 0.25 * 0.75) ** 0.5
-    pairs = {(int(p), int(e)) for p, e in zip(prompts[chosen], ends[chosen], strict=True)}
-    assert pairs == {(p, e) for p in range(1, 5) for e in range(p + 1, 6)}
-    assert not (windows(0.0, 0, 0, 100, 5)[0] > 0).any()
-    assert (windows(1.0, 0, 0, 100, 5)[0] > 0).all()
-
-
-def test_the_objective_anneals():
-    config = CurriculumConfig(
-        auxiliary=0.8,
-        auxiliary_floor=0.2,
-        auxiliary_share=0.5,
-        level_noise=2.0,
-        level_noise_floor=1.0,
-        explore=0.3,
-        explore_floor=0.1,
-        explore_alone=0.4,
-    )
-    asked = [objective(config, step, 101) for step in range(101)]
-    assert asked[0].aux_weight == pytest.approx(0.8)
-    assert asked[25].aux_weight == pytest.approx(0.5)
-    assert [one.aux_weight for one in asked[50:]] == pytest.approx([0.2] * 51)
-    assert [asked[k].exploration.noise for k in (0, 50, 100)] == pytest.approx([2.0, 1.5, 1.0])
-    assert [one.exploration.share for one in asked[:40]] == [1.0] * 40
-    assert [asked[k].exploration.share for k in (40, 50, 100)] == pytest.approx([0.22, 0.2, 0.1])
-    assert objective(CurriculumConfig(auxiliary_share=0.0), 0, 10).aux_weight == 0.5
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_run_lends_what_it_has_found_to_the_objective_that_asks_for_it(asked):
-    clock, extremes = ClockDensity(), Extremes()
-    given = objective(CurriculumConfig(importance=asked, compare_ends=asked), 0, 10, clock, extremes)
-    assert (given.clock, given.extremes) == ((clock, extremes) if asked else (None, None))
-
-
-@given(a=st.tuples(steps, st.sampled_from(Purpose), steps), b=st.tuples(steps, st.sampled_from(Purpose), steps))
-def test_seeds_differ_exactly_where_their_arguments_do(a, b):
-    assert (derive(*a) == derive(*b)) == (a == b)
 
 
 # The loop.

@@ -5,6 +5,7 @@ B batch, M new tokens, N tokens of one window, R of its sequences that are refin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from evo.core.draws import Draws
 from evo.core.ends import Ends
+from evo.core.evaluation import evaluating
 from evo.core.prompted import Prompted
 from evo.core.refinement import Plan, Request, SketchedWindow, Steps, refine
 from evo.core.sketching import Sampling, WindowSketch
@@ -113,6 +115,17 @@ def generate(model: Evo, job: Job) -> Generation:
         nfe=report.nfe,
         trajectory=_trajectory(written, report, job.request.max_steps, dtype) if job.request.trajectory else None,
     )
+
+
+def stream(model: Evo, job: Job) -> Generator[Chunk, None, None]:
+    """What `generate` writes, as it becomes final. Between two chunks the model is in the mode that it was in."""
+    with contextlib.closing(write(model, job, Report())) as chunks:
+        while True:
+            with evaluating(model) if model.training else contextlib.nullcontext():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_, or_
 from typing import NamedTuple
 
 import torch
@@ -201,45 +203,32 @@ class Document(Mask):
 
 
 @dataclass(frozen=True, eq=False)
-class AllOf(Mask):
+class _Combined(Mask):
+    """Several masks as one."""
+
+    masks: tuple[Mask, ...]
+
+    def check(self, batch: int, keys: int) -> None:
+        for mask in self.masks:
+            mask.check(batch, keys)
+
+    @property
+    def per_sequence(self) -> bool:
+        return any(mask.per_sequence for mask in self.masks)
+
+
+class AllOf(_Combined):
     """What every one of several masks allows: `first & second`."""
 
-    masks: tuple[Mask, ...]
-
     def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = self.masks[0].allowed(sequence, query, key)
-        for mask in self.masks[1:]:
-            seen = seen & mask.allowed(sequence, query, key)
-        return seen
-
-    def check(self, batch: int, keys: int) -> None:
-        for mask in self.masks:
-            mask.check(batch, keys)
-
-    @property
-    def per_sequence(self) -> bool:
-        return any(mask.per_sequence for mask in self.masks)
+        return reduce(and_, (mask.allowed(sequence, query, key) for mask in self.masks))
 
 
-@dataclass(frozen=True, eq=False)
-class AnyOf(Mask):
+class AnyOf(_Combined):
     """What at least one of several masks allows: `first | second`."""
 
-    masks: tuple[Mask, ...]
-
     def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = self.masks[0].allowed(sequence, query, key)
-        for mask in self.masks[1:]:
-            seen = seen | mask.allowed(sequence, query, key)
-        return seen
-
-    def check(self, batch: int, keys: int) -> None:
-        for mask in self.masks:
-            mask.check(batch, keys)
-
-    @property
-    def per_sequence(self) -> bool:
-        return any(mask.per_sequence for mask in self.masks)
+        return reduce(or_, (mask.allowed(sequence, query, key) for mask in self.masks))
 
 
 def _of(value: int | Tensor, sequence: Tensor) -> int | Tensor:

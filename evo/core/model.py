@@ -5,7 +5,7 @@ B batch, N tokens, P prompt tokens, V vocabulary, D latent dimension, W width.
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from evo.core.denoiser import Denoiser, VectorField
 from evo.core.draws import Draws
 from evo.core.editing import Edited, edit
 from evo.core.evaluation import evaluating, measure
-from evo.core.generation import Chunk, Generation, Job, Report, generate, write
+from evo.core.generation import Chunk, Generation, generate, stream
 from evo.core.job import as_job
 from evo.core.latent_space import Embeddings
 from evo.core.masks import Causal, Window
@@ -318,25 +318,7 @@ class Evo(nn.Module):
             return generate(self, job)
 
     def stream(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int | Sequence[int] | Tensor,
-        solver: Solver | None = None,
-        plan: Path = early_stop,
-        timestep_head: Callable[[Tensor, Tensor], Tensor] | None = None,
-        prior: Prior | None = None,
-        decoder: Decoder | None = None,
-        max_steps: int = 20,
-        top_p: float = 0.9,
-        temperature: float = 0.7,
-        window: int | None = None,
-        lengths: Tensor | None = None,
-        stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        min_new_tokens: int | Sequence[int] | Tensor = 0,
-        refresh: int = 1,
-        fidelity: float | None = None,
-        every: int = 1,
+        self, prompt: Tensor, max_new_tokens: int | Sequence[int] | Tensor, *, every: int = 1, **options: Any
     ) -> Generator[Chunk, None, None]:
         """What `generate` writes, as it becomes final; the chunks of a sequence, one behind another, are its tokens there.
 
@@ -347,41 +329,16 @@ class Evo(nn.Module):
         Args:
             every: tokens that are sketched between two looks at them, each of which waits for the device.
 
-        The other arguments, and what is raised for them, are those of `generate`; they are checked at once, not at the first chunk.
+        The options, and what is raised for them, are those of `generate`, all but `trajectory`; they are checked at once, not at the
+        first chunk.
         """
-        job = as_job(
-            self,
-            prompt,
-            max_new_tokens,
-            solver=solver,
-            plan=plan,
-            timestep_head=timestep_head,
-            prior=prior,
-            decoder=decoder,
-            max_steps=max_steps,
-            top_p=top_p,
-            temperature=temperature,
-            window=window,
-            lengths=lengths,
-            stop=stop,
-            generator=generator,
-            min_new_tokens=min_new_tokens,
-            refresh=refresh,
-            fidelity=fidelity,
-            trajectory=False,
-            every=every,
-        )
-        return self._streamed(job)
-
-    def _streamed(self, job: Job) -> Generator[Chunk, None, None]:
-        with contextlib.closing(write(self, job, Report())) as chunks:
-            while True:
-                # Whoever reads may use the model between two chunks, and in the mode that it was in.
-                with evaluating(self) if self.training else contextlib.nullcontext():
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
+        unknown = sorted(options.keys() - (_OPTIONS.keys() - {"trajectory"}))
+        if unknown:
+            raise TypeError(
+                f"stream() takes no {', '.join(unknown)}; its options are those of generate, without trajectory"
+            )
+        job = as_job(self, prompt, max_new_tokens, **{**_OPTIONS, **options}, every=every)
+        return stream(self, job)
 
     def edit(
         self,
@@ -424,7 +381,6 @@ class Evo(nn.Module):
             decoder=LinearDecoder() if decoder is None else decoder,
             max_steps=max_steps,
             window=tokens.shape[1],
-            trajectory=False,
             refresh=refresh,
             fidelity=fidelity,
         )
@@ -448,3 +404,11 @@ class Evo(nn.Module):
     def load_weights(self, path: str | os.PathLike[str]) -> Evo:
         """Put the weights of a saved model into this one, which was composed alike; returns itself, in evaluation mode."""
         return load_pretrained(path, self)
+
+
+# The options of `Evo.generate` as it declares them, so that `Evo.stream` need not do so again.
+_OPTIONS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Evo.generate).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}

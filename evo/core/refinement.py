@@ -47,7 +47,7 @@ class Request:
     decoder: Decoder
     max_steps: int
     window: int
-    trajectory: bool
+    trajectory: bool = False
     refresh: int = 1
     fidelity: float | None = None
 
