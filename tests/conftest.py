@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from evo import Evo
+from evo.core.chance import Chance
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **COMMON)
@@ -49,6 +50,17 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides:
 def model() -> Evo:
     """One such model in float64, in evaluation mode; tests leave it as it is."""
     return random_model()
+
+
+class Given(Chance):
+    """Chance whose noise (B, N, D) is known beforehand, the same at every call."""
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        super().__init__(None, len(noise))
+        self.noise = noise
+
+    def normal(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
+        return self.noise
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -55,7 +55,7 @@ def test_the_cache_is_a_list_for_each_sequence(steps, capacity, limited, seed):
         if kind in ("store", "scratch"):
             shape = (len(lists), HEADS, value, DIM)
             keys, values = (torch.randn(shape, generator=draws) for _ in range(2))
-            at, slots = cache.positions(value), cache.length + value
+            at, slots = cache.next_slots(value), cache.length + value
             found = cache.write(0, keys, values, at, slots)
             joined = cache.join(0, keys, values, at, slots)
             longer = [each + [(keys[b, :, i], values[b, :, i]) for i in range(value)] for b, each in enumerate(lists)]
@@ -243,5 +243,5 @@ def test_what_a_cache_cannot_do_it_refuses(do, message):
 
 def store(cache: Cache, count: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> None:
     new = torch.zeros(batch, HEADS, count, DIM, dtype=dtype)
-    cache.write(0, new, new, cache.positions(count), cache.length + count)
+    cache.write(0, new, new, cache.next_slots(count), cache.length + count)
     cache.advance(count)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evo.core import ClockDensity
-from evo.core.bound import clock_values
+from evo.core.chance import Chance
 from evo.schedules import early_stop
 from tests.conftest import generator, random_model
 
@@ -21,7 +21,7 @@ def taught(seed: int, **options) -> ClockDensity:
     draws = generator(seed)
     for _ in range(20):
         r = torch.rand(64, generator=draws, dtype=torch.float64)
-        density.update(r, peak(r))
+        density.update(density.tally(r, peak(r)))
     return density
 
 
@@ -77,7 +77,7 @@ def test_a_floor_of_one_is_uniform_and_so_is_a_density_that_has_seen_nothing():
 def test_what_is_not_finite_is_not_learned_from():
     density = taught(0)
     before = density.probabilities()
-    density.update(torch.tensor([0.1, 0.9]), torch.tensor([math.nan, math.inf]))
+    density.update(density.tally(torch.tensor([0.1, 0.9]), torch.tensor([math.nan, math.inf])))
     torch.testing.assert_close(density.probabilities(), before)
 
 
@@ -97,14 +97,15 @@ def test_the_flow_of_a_model_is_the_same_in_expectation_and_of_smaller_variance(
     batch = as_batch(model, tokens)
     draws = generator(4)
     noise = torch.randn(*tokens.shape, model.latent_space.dim, generator=draws, dtype=torch.float64)
+    chance = Chance(draws, len(tokens))
     density, found = ClockDensity(), {True: [], False: []}
     with torch.no_grad():
         sketch = Sketch(model, batch, torch.ones(tokens.shape, dtype=torch.float64), noise)
         for step in range(12):
-            clock = clock_values(len(tokens), noise, draws)
+            clock = (torch.arange(len(tokens)) / len(tokens) + torch.rand(1, generator=draws, dtype=noise.dtype)) % 1
             for learned in (True, False):
-                flow = sketch.flow_bits(early_stop, clock, draws, density=density if learned else None)
-                density.update(flow.remaining, flow.integrand.sum(1))
+                flow = sketch.flow_bits(early_stop, clock, chance, density=density if learned else None)
+                density.update(density.tally(flow.remaining, flow.integrand.sum(1)))
                 if step >= 2:
                     found[learned].append(flow.bits.sum(1))
     learned, uniform = (torch.cat(found[key]) for key in (True, False))

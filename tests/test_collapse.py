@@ -43,7 +43,9 @@ def teach_head(model: evo.Evo, batches, objective: Objective, **given) -> None:
     model.timestep_head.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.timestep_head.parameters(), lr=2e-2)
     for index, tokens in enumerate(batches):
-        model(tokens, generator=generator(index), objective=objective, **given).loss.backward()
+        out = model(tokens, generator=generator(index), objective=objective, **given)
+        objective.observe(out.observed)
+        out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -56,7 +58,9 @@ def test_tokens_that_are_independent_given_the_prompt_are_not_planned():
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 30, 4 * (1 - step / steps))
         objective = Objective(causal_weight=1.0, clock=clock, exploration=Exploration(share=1.0))
-        model(echoes(48, draws), prompt_length=1, generator=draws, objective=objective).loss.backward()
+        out = model(echoes(48, draws), prompt_length=1, generator=draws, objective=objective)
+        objective.observe(out.observed)
+        out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     tokens = echoes(512, generator(1))

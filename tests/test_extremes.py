@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from unittest import mock
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -21,9 +21,18 @@ def seen(beyond_zero: float, beyond_one: float, noise: float = 0.0, steps: int =
     """Extremes that have found the head so much dearer than either end, with noise from step to step."""
     extremes, draws = Extremes(), generator(0)
     for _ in range(steps):
-        head = 3 + noise * torch.randn(2, generator=draws)
-        extremes.update(head, 3 - torch.tensor([beyond_zero, beyond_one]), torch.tensor([40, 20]))
+        ends = 3 - torch.tensor([beyond_zero, beyond_one]) - noise * torch.randn(2, generator=draws)
+        extremes.update(tally(3.0, ends.tolist(), (40, 20)))
     return extremes
+
+
+def tally(head: float, ends: Sequence[float], tokens: tuple[int, int]) -> torch.Tensor:
+    """Of a step that found these nats per token at the head's levels, on 60 tokens, and at both ends, on so many."""
+    found = [
+        (torch.full((1, count), float(nats)), torch.ones(1, count, dtype=torch.bool))
+        for nats, count in zip((head, *ends), (60, *tokens), strict=True)
+    ]
+    return Extremes.tally(*found)
 
 
 @given(zero=nats, one=nats)
@@ -45,7 +54,7 @@ def test_the_standard_error_is_that_of_repetition():
     for seed in range(60):
         extremes, draws = Extremes(decay=0.95), generator(seed)
         for _ in range(120):
-            extremes.update(torch.randn(2, generator=draws), torch.zeros(2), torch.tensor([7, 7]))
+            extremes.update(tally(0.0, torch.randn(2, generator=draws).tolist(), (7, 7)))
         runs.append(torch.stack(extremes.beyond()))
     means, errors = torch.stack(runs).unbind(1)
     torch.testing.assert_close(errors.mean(0), means.std(0), rtol=0.25, atol=0)
@@ -55,20 +64,23 @@ def test_nothing_seen_is_nothing_said():
     assert Extremes().slope() == 0
     extremes = Extremes()
     for _ in range(3):
-        extremes.update(torch.tensor([5.0, 5.0]), torch.tensor([math.nan, 2.0]), torch.tensor([0, 1]))
+        extremes.update(tally(5.0, (math.nan, 2.0), (0, 1)))
     assert extremes.slope().item() == pytest.approx(-30), "of an end that has not been seen nothing is known"
     for bad in (math.nan, math.inf):
-        extremes.update(torch.full((2,), bad), torch.tensor([1.0, 1.0]), torch.tensor([1, 1]))
+        extremes.update(tally(bad, (1.0, 1.0), (1, 1)))
     assert extremes.slope().item() == pytest.approx(-30)
     once = Extremes()
-    once.update(torch.tensor([5.0, 5.0]), torch.tensor([1.0, 2.0]), torch.tensor([1, 1]))
+    once.update(tally(5.0, (1.0, 2.0), (1, 1)))
     assert once.slope() == 0, "one step has no error to be beyond"
+    for _ in range(50):
+        once.update(tally(5.0, (math.nan, math.nan), (0, 0)))
+        assert once.slope() == 0, "nor has it one as its weight fades"
 
 
 def test_old_figures_fade():
     extremes = seen(1.0, 1.0)
     for _ in range(1500):
-        extremes.update(torch.tensor([3.0, 1.0]), torch.zeros(2), torch.ones(2))
+        extremes.update(tally(3.0, (0.0, 2.0), (1, 1)))
     torch.testing.assert_close(extremes.beyond()[0], torch.tensor([3.0, 1.0], dtype=torch.float64), rtol=1e-3, atol=0)
 
 
@@ -87,7 +99,7 @@ def test_training_tells_what_the_head_costs_beyond_each_end(causal, price):
         causal_weight=causal, level_price=price, extremes=extremes, weight_cap=1e9, exploration=explore
     )
     for seed in range(40):
-        model(tokens, generator=generator(seed), objective=objective)
+        objective.observe(model(tokens, generator=generator(seed), objective=objective).observed)
     zero, half, one = (
         -model.log_prob(tokens, level, generator=generator(1)).mean().item() + price * level
         for level in (0.0, 0.5, 1.0)
@@ -104,11 +116,10 @@ def test_the_head_moves_to_the_better_end(zero, one, slope):
     tokens = torch.randint(0, model.latent_space.vocab_size, (8, 6), generator=generator(0))
     extremes = seen(zero, one)
     explore = Exploration(share=0.5, noise=0.0)
-    with mock.patch.object(extremes, "update"):
-        losses = [
-            model(tokens, generator=generator(1), objective=Objective(extremes=given, exploration=explore)).loss
-            for given in (extremes, None)
-        ]
+    losses = [
+        model(tokens, generator=generator(1), objective=Objective(extremes=given, exploration=explore)).loss
+        for given in (extremes, None)
+    ]
     (gradient,) = torch.autograd.grad(losses[0] - losses[1], model.timestep_head.outer.bias)
     # The mean over tokens of d logit / d bias is 1, so the slope itself arrives.
     assert gradient.item() == pytest.approx(slope, rel=1e-4, abs=1e-4)

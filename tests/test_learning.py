@@ -41,7 +41,9 @@ def trained(probabilities: torch.Tensor, steps: int, **overrides) -> evo.Evo:
         objective = Objective(
             causal_weight=1.0, aux_weight=max(0.0, 1 - 4 * step / steps), clock=clock, extremes=extremes
         )
-        model(tokens, generator=draws, objective=objective).loss.backward()
+        out = model(tokens, generator=draws, objective=objective)
+        objective.observe(out.observed)
+        out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()

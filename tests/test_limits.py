@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evo.core.bound import learned_levels
-from evo.core.contract import as_batch
+from evo.core.contract import as_batch, as_part
 from evo.core.draws import Draws
 from evo.core.evaluation import measure
 from evo.core.prompted import Prompted
 from evo.heads import FixedTimestep
 from evo.schedules import by_order, early_stop, full, late_start
 from evo.solvers import Euler, Exponential
-from tests.conftest import generator, random_model
+from tests.conftest import Given, generator, random_model
 
 MODEL = random_model()
 V, D = MODEL.latent_space.vocab_size, MODEL.latent_space.dim
@@ -190,11 +190,11 @@ def test_levels_snapped_at_one_step_are_those_that_generation_sketches_at(seed, 
     written = MODEL.generate(
         tokens[:, :0], 9, prior=lambda *_: tokens[:, next(positions)], max_steps=max_steps, generator=generator(seed)
     )
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad():
         found = learned_levels(MODEL, batch, noise, snap)
         free = learned_levels(MODEL, batch, noise)
-        patch.setattr("evo.core.evaluation.standard_normal", lambda *_: noise)
-        out = measure(MODEL, batch, batch.present, None, early_stop, generator(seed), 1, snap)
+        part = as_part(None, batch, batch.present)
+        out = measure(MODEL, batch, batch.present, None, early_stop, Given(noise), part, 1, snap)
     torch.testing.assert_close(found, written.levels, rtol=0, atol=1e-9)
     torch.testing.assert_close(out.levels, written.levels, rtol=0, atol=1e-9)
     assert not ((found > 0) & (found < snap)).any()

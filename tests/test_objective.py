@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 import evo
 from evo import Objective
 from evo.core import Exploration
-from evo.core.bound import Sketch, clock_values
+from evo.core.bound import Sketch
+from evo.core.chance import Chance
 from evo.core.contract import as_batch
 from evo.core.levels import random_levels, usage_entropy, with_logistic_noise
 from evo.schedules import Path, early_stop, full, late_start
 from evo.schedules.config import KNOWN
-from tests.conftest import generator, random_model
+from tests.conftest import Given, generator, random_model
 
 MODEL = random_model()
 V, D = MODEL.latent_space.vocab_size, MODEL.latent_space.dim
@@ -66,8 +67,8 @@ def test_sequences_of_different_shapes_do_not_meet(seed):
     noise = torch.randn(*tokens.shape, D, generator=generator(seed), dtype=torch.float64)
     clock = levels_of(seed + 1, (3,))
     together = Sketch(MODEL, batch, levels, noise)
-    logits = together.flow_bits(early_stop, clock, generator(seed)).denoised.log_probs
     fresh = torch.randn(noise.shape, generator=generator(seed), dtype=torch.float64)
+    logits = together.flow_bits(early_stop, clock, Given(fresh)).denoised.log_probs
     for row in range(3):
         here = slice(row, row + 1)
         size = int(lengths[row])
@@ -77,9 +78,7 @@ def test_sequences_of_different_shapes_do_not_meet(seed):
             levels[here, :size],
             noise[here, :size],
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("evo.core.bound.standard_normal", lambda *_, row=row, size=size: fresh[row : row + 1, :size])
-            expected = alone.flow_bits(early_stop, clock[here], None).denoised.log_probs
+        expected = alone.flow_bits(early_stop, clock[here], Given(fresh[here, :size])).denoised.log_probs
         torch.testing.assert_close(
             logits[here, int(prompt[row]) : size], expected[:, int(prompt[row]) :], rtol=0, atol=1e-10
         )
@@ -142,7 +141,8 @@ def test_the_auxiliary_term_is_shared_by_level_between_the_halves_and_over_what_
     draws = generator(seed)
     noise = torch.randn(*tokens.shape, D, generator=draws, dtype=torch.float64)
     sketch = Sketch(model, as_batch(model, tokens), levels, noise)
-    refined = sketch.flow_bits(early_stop, clock_values(3, noise, draws), draws).denoised.log_probs
+    clock = (torch.arange(3, dtype=torch.float64) / 3 + torch.rand(1, generator=draws, dtype=torch.float64)) % 1
+    refined = sketch.flow_bits(early_stop, clock, Chance(draws, 3)).denoised.log_probs
     halves = [
         F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")[mask].mean()
         for logits in (sketch.context_logits, refined)
@@ -190,9 +190,7 @@ def test_the_gradient_of_the_flow_in_a_level_is_its_slope(path, level):
 
     def flow(t):
         levels = torch.full(tokens.shape, 0.0, dtype=torch.float64) + t
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("evo.core.bound.standard_normal", lambda *_: noise.flip(0))
-            return Sketch(MODEL, batch, levels, noise).flow_bits(path, clock, None).bits[:, 2]
+        return Sketch(MODEL, batch, levels, noise).flow_bits(path, clock, Given(noise.flip(0))).bits[:, 2]
 
     t = torch.tensor(level, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(flow(t).mean(), t)
@@ -241,7 +239,7 @@ def test_training_is_deterministic_in_its_generator():
 
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 40))
 def test_random_levels_are_levels_of_every_kind(seed, batch):
-    levels = random_levels((batch, 50), generator(seed), torch.zeros(()))
+    levels = random_levels(range(batch), 50, Chance(generator(seed), batch), torch.zeros(()))
     assert levels.shape == (batch, 50)
     assert ((levels >= 0) & (levels <= 1)).all()
     if batch >= 16:
@@ -254,18 +252,12 @@ def test_random_levels_are_levels_of_every_kind(seed, batch):
         assert (levels == 1).any()
 
 
-@given(seed=st.integers(0, 10**6), batch=st.integers(2, 64))
-def test_clock_values_cover_the_clock(seed, batch):
-    clock = clock_values(batch, torch.zeros((), dtype=torch.float64), generator(seed)).sort().values
-    gaps = torch.cat([clock[1:] - clock[:-1], clock[:1] + 1 - clock[-1:]])
-    assert gaps.max() < 3 / batch
-
-
 @given(levels=st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_logistic_noise_of_scale_zero_is_none(levels):
     levels = torch.tensor([levels], dtype=torch.float64)
-    assert torch.equal(with_logistic_noise(levels, 0.0, None), levels)
-    noisy = with_logistic_noise(levels, 1.0, generator(0))
+    uniform = torch.rand(levels.shape, generator=generator(0), dtype=torch.float64)
+    assert torch.equal(with_logistic_noise(levels, 0.0, uniform), levels)
+    noisy = with_logistic_noise(levels, 1.0, uniform)
     assert ((noisy >= 0) & (noisy <= 1)).all()
 
 

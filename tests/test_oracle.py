@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from evo.core.bound import Batch
+from evo.core.chance import Chance
+from evo.core.contract import as_part
 from evo.core.evaluation import measure
 from evo.core.latent_space import evidence_query, evidence_table
 from evo.core.objective import Output
@@ -29,10 +31,10 @@ class Oracle:
         self.bos, self.self_conditioned = embeddings[0], False
         self.latent_space = SimpleNamespace(weight=embeddings, directions=embeddings, dim=embeddings.shape[1])
 
-    def sketch(self, latents: Tensor, level: Tensor) -> Tensor:
+    def sketch(self, latents: Tensor, level: Tensor, **_: object) -> Tensor:
         return self.distribution.context_log_probs(self.distribution.evidence(latents, level))
 
-    def refine(self, latents: Tensor, level: Tensor, *, prompt: Tensor, end: Tensor) -> Tensor:
+    def refine(self, latents: Tensor, level: Tensor, **_: object) -> Tensor:
         posterior = self.distribution.posterior(self.distribution.evidence(latents, level))
         joint = posterior.unflatten(1, (V,) * N)
         others = [tuple(axis for axis in range(1, N + 1) if axis != i + 1) for i in range(N)]
@@ -74,7 +76,8 @@ def excess(levels: Tensor | None, path: Path, seed: int = 0) -> tuple[float, flo
         prompt=torch.zeros(SEQUENCES, dtype=torch.int64),
         end=torch.full((SEQUENCES,), N),
     )
-    out = measure(ORACLE, batch, batch.present, levels, path, draws, 8)
+    chance, part = Chance(draws, SEQUENCES), as_part(None, batch, batch.present)
+    out = measure(ORACLE, batch, batch.present, levels, path, chance, part, 8)
     samples = out.bound.sum(1) + distribution.log_probabilities[distribution.index(tokens)]
     return samples.mean().item(), samples.std().item() / SEQUENCES**0.5, out
 

@@ -343,7 +343,7 @@ def test_a_wrong_head_is_caught(heads: dict[str, Any], message: str) -> None:
 class Leaky(Evo):
     """Row i of the sketch has seen token i."""
 
-    def sketch(self, latents: Tensor, level: Tensor) -> Tensor:
+    def sketch(self, latents: Tensor, level: Tensor, **options: Any) -> Tensor:
         return self.refine(latents, level)
 
 
@@ -362,16 +362,8 @@ class Reconstructs(Evo):
 class Overhears(Evo):
     """The prompt sees the window."""
 
-    def refine(
-        self,
-        latents: Tensor,
-        level: Tensor,
-        *,
-        prompt: Tensor | None = None,
-        end: Tensor | None = None,
-        estimate: Tensor | None = None,
-    ) -> Tensor:
-        return super().refine(latents, level, end=end, estimate=estimate)
+    def refine(self, latents: Tensor, level: Tensor, *, prompt: Tensor | None = None, **options: Any) -> Tensor:
+        return super().refine(latents, level, **options)
 
 
 @pytest.mark.parametrize(

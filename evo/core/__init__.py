@@ -13,13 +13,15 @@ from evo.core.generation import Chunk, Generation
 from evo.core.latent_space import Embeddings, LatentSpace
 from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU
 from evo.core.levels import Exploration
-from evo.core.masks import BlockCausal, Causal, Document, Mask, Window
+from evo.core.masks import BlockCausal, Causal, Document, Leading, Mask, Window
 from evo.core.model import Evo
 from evo.core.objective import Objective, Output
+from evo.core.part import Part
 from evo.core.pattern import Pattern
 from evo.core.pretrained import PretrainedVocabulary
 from evo.core.refinement import Steps
 from evo.core.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling
+from evo.core.speculation import Speculation
 from evo.core.transformer import Transformer
 
 __all__ = [
@@ -48,16 +50,19 @@ __all__ = [
     "Generation",
     "LatentSpace",
     "LayerNorm",
+    "Leading",
     "LinearScaling",
     "Llama3Scaling",
     "Mask",
     "Objective",
     "Output",
+    "Part",
     "Pattern",
     "PretrainedVocabulary",
     "RMSNorm",
     "Rotary",
     "Sdpa",
+    "Speculation",
     "Steps",
     "SwiGLU",
     "Transformer",

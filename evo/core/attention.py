@@ -12,6 +12,7 @@ from evo.core.cache import Cache
 from evo.core.layers import LayerNorm, RMSNorm
 from evo.core.packing import PackedAttend, PackedCache
 from evo.core.rotary import rotate
+from evo.core.section import SectionAttend
 
 
 class Attention(nn.Module):
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        attend: Attend | PackedAttend,
+        attend: Attend | PackedAttend | SectionAttend,
         cache: Cache | PackedCache | None = None,
         layer: int = 0,
         store: bool = False,

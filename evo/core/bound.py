@@ -18,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evo.core.chance import Chance
 from evo.core.clock import ClockDensity
 from evo.core.denoiser import Denoised, Denoiser
+from evo.core.documents import Documents
+from evo.core.order import Order
+from evo.core.part import Subset
 from evo.schedules import Path
 
 if TYPE_CHECKING:
@@ -35,21 +39,40 @@ class Batch:
         present: bool (B, N), False behind the end of a sequence.
         prompt: (B,) how many tokens of each are prompt: level 0, seeing only what precedes them.
         end: (B,) how many tokens each has.
+        order: in which they are read, and how many of them are suffix: level 0, seeing prompt and suffix only, and coded by nobody. None
+            where no sequence has a suffix.
+        documents: of which several may share a sequence without seeing each other; None is one a sequence.
     """
 
     tokens: Tensor
     present: Tensor
     prompt: Tensor
     end: Tensor
+    order: Order | None = None
+    documents: Documents | None = None
 
     def take(self, rows: Tensor | slice) -> Batch:
         """The sequences of the given rows."""
-        return Batch(tokens=self.tokens[rows], present=self.present[rows], prompt=self.prompt[rows], end=self.end[rows])
+        return Batch(
+            tokens=self.tokens[rows],
+            present=self.present[rows],
+            prompt=self.prompt[rows],
+            end=self.end[rows],
+            order=None if self.order is None else self.order.take(rows),
+            documents=None if self.documents is None else self.documents.take(rows),
+        )
+
+    @property
+    def coded(self) -> Tensor:
+        """Bool (B, N): present and not suffix, the tokens that have bits."""
+        if self.order is None:
+            return self.present
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < (self.end - self.order.suffix)[:, None]
 
     @property
     def free(self) -> Tensor:
-        """Bool (B, N): present and not prompt, the tokens whose level is not 0 from the outset."""
-        return self.present & (torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.prompt[:, None])
+        """Bool (B, N): neither absent nor context, the tokens whose level is not 0 from the outset."""
+        return self.coded & (torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.prompt[:, None])
 
 
 def cross_entropy(log_probs: Tensor, tokens: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -74,6 +97,24 @@ class Flow(NamedTuple):
     denoised: Denoised
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Waiting:
+    """What of each sequence is sketched in parallel: the tokens behind the first `known`, while nothing of them is known.
+
+    Attributes:
+        known: (B,) int64, at least the prompt; as many as there are tokens where none waits.
+        noise: standard normal, (B, N, D), what the network sees in the place of those that wait. It is none of the tokens' own noise: what
+            has seen that of a token knows, beside its latent, which token it is, and the sum of the parts would be no bound.
+    """
+
+    known: Tensor
+    noise: Tensor
+
+    def take(self, rows: Tensor | slice) -> Waiting:
+        """That of the given sequences."""
+        return Waiting(known=self.known[rows], noise=self.noise[rows])
+
+
 class Sketch:
     """One sketch of a batch, from which the three parts of the bound are read.
 
@@ -85,16 +126,23 @@ class Sketch:
         batch: the tokens.
         levels: t, (B, N).
         noise: standard normal, (B, N, D).
+        waiting: what is sketched in parallel; None is nothing.
     """
 
-    def __init__(self, model: Evo, batch: Batch, levels: Tensor, noise: Tensor) -> None:
+    def __init__(self, model: Evo, batch: Batch, levels: Tensor, noise: Tensor, waiting: Waiting | None = None) -> None:
         self.model, self.batch, self.noise, self.schedule = model, batch, noise, model.schedule
         self.denoiser = Denoiser.of(model.latent_space, model.schedule)
         self.clean = F.embedding(batch.tokens, self.denoiser.embeddings).to(noise.dtype)
         self.levels = realised_below(levels, self.schedule.t_min, batch)
         self.live = self.levels > 0
         self.latents = self._noised(noise, self.levels)
-        self.hidden = model.sketch(self.latents, self.levels)
+        seen, level, known = self.latents, self.levels, None
+        if waiting is not None:
+            known = waiting.known
+            waits = batch.free & (torch.arange(levels.shape[1], device=levels.device) >= known[:, None])
+            pure = self.schedule.noise(torch.ones_like(level)).unsqueeze(-1) * waiting.noise
+            seen, level = torch.where(waits.unsqueeze(-1), pure, seen), torch.where(waits, 1.0, level)
+        self.hidden = model.sketch(seen, level, known=known, order=batch.order, documents=batch.documents)
         self.context_logits = model.readout(self.hidden, self.denoiser.embeddings).to(noise.dtype)
         self._context_log_probs: Tensor | None = None
 
@@ -112,34 +160,38 @@ class Sketch:
         causal = cross_entropy(self.context_log_probs, self.batch.tokens)
         posterior = self.denoiser.log_posterior(self.context_logits, self.latents, self.levels)
         left = torch.where(self.live, cross_entropy(posterior, self.batch.tokens), 0.0)
-        return (causal - left) * self.batch.present, causal * self.batch.present
+        return (causal - left) * self.batch.coded, causal * self.batch.coded
 
     def flow_bits(
         self,
         path: Path,
         clock: Tensor,
-        generator: torch.Generator | None,
+        chance: Chance,
         *,
         density: ClockDensity | None = None,
         weight_cap: float | None = None,
-        self_conditioning: float = 1.0,
+        estimated: Subset | None = None,
+        gain: float = 1.0,
     ) -> Flow:
         """The flow measured at one clock value a sequence.
 
         Args:
             path: how levels fall.
             clock: (B,) uniform in [0, 1), where on the stretch of the clock in which any token of the sequence moves.
-            generator: of the noise.
+            chance: draws the noise.
             density: turns `clock` into values drawn where the integrand lives; None leaves them uniform.
             weight_cap: largest weight of an error; None is no limit, which alone is unbiased.
-            self_conditioning: share of the sequences that are refined with an estimate, if the network takes one.
+            estimated: the sequences that are refined with an estimate, if the network takes one; None is all.
+            gain: of the gradient that reaches the levels from here.
         """
-        begin, end = (x.detach() for x in path.stretch(self.levels, self.schedule.t_min))
+        fixed = self.levels.detach()
+        levels = self.levels if gain == 1 else fixed + gain * (self.levels - fixed)
+        begin, end = (x.detach() for x in path.stretch(levels, self.schedule.t_min))
         length = end - begin
         remaining, spread = (length * (1 - clock), length) if density is None else density(1 - clock, length)
-        level, rate = path.at(self.levels, end - remaining, self.schedule.t_min)
+        level, rate = path.at(levels, end - remaining, self.schedule.t_min)
         level = torch.where(self.live, level, 0.0)
-        denoised = self._refine(self._bridged(level, generator), level, self_conditioning)
+        denoised = self._refine(self._bridged(levels, level, chance), level, estimated)
         rate = -0.5 * self.schedule.d_snr(level.clamp(min=self.schedule.t_min)) * rate
         weight = rate * spread.unsqueeze(-1)
         if weight_cap is not None:
@@ -147,10 +199,10 @@ class Sketch:
         error = torch.where(self.live, (self.clean - denoised.latents).square().sum(-1), 0.0)
         return Flow(bits=weight * error, integrand=(rate * error).detach(), remaining=remaining, denoised=denoised)
 
-    def reconstruction(self, generator: torch.Generator | None, *, network: bool) -> Tensor:
+    def reconstruction(self, chance: Chance, *, network: bool) -> Tensor:
         """CE(p(·|z at t_min), x): nats, (B, N). Of the network, or (as valid, and without a pass) of the evidence alone."""
         level = self.live * torch.full_like(self.levels, self.schedule.t_min)
-        latents = self._bridged(level, generator)
+        latents = self._bridged(self.levels, level, chance)
         if network:
             log_probs = self._refine(latents, level).log_probs
         else:
@@ -161,50 +213,35 @@ class Sketch:
         """Latents at a level; where it is 0, the embeddings themselves, bit for bit."""
         return torch.where((level > 0).unsqueeze(-1), self.schedule.noised(self.clean, noise, level), self.clean)
 
-    def _bridged(self, level: Tensor, generator: torch.Generator | None) -> Tensor:
-        fresh = standard_normal(self.noise.shape, self.noise, generator)
-        return self._noised(self.schedule.bridge(self.noise, self.levels, level, fresh), level)
+    def _bridged(self, levels: Tensor, level: Tensor, chance: Chance) -> Tensor:
+        fresh = chance.normal(*self.noise.shape[1:], like=self.noise)
+        return self._noised(self.schedule.bridge(self.noise, levels, level, fresh), level)
 
-    def _refine(self, latents: Tensor, level: Tensor, self_conditioning: float = 1.0) -> Denoised:
+    def _refine(self, latents: Tensor, level: Tensor, estimated: Subset | None = None) -> Denoised:
         if not self.model.self_conditioned:
             return self._denoise(self.batch, latents, level)
-        # Which sequences is a matter of their place alone, evenly spread, so that nothing waits to learn how many they are.
-        places = torch.arange(len(latents), device=latents.device)
-        count = round(self_conditioning * len(latents))
-        chosen = places * count // len(latents) != (places + 1) * count // len(latents)
-        rows = chosen.nonzero_static(size=count).squeeze(1)
-        estimate = torch.zeros_like(latents)
-        if count:
-            with torch.no_grad():
-                first = self._denoise(self.batch.take(rows), latents[rows], level[rows])
-            estimate[rows] = first.latents
+        with torch.no_grad():
+            if estimated is None:
+                estimate = self._denoise(self.batch, latents, level).latents
+            else:
+                estimate = torch.zeros_like(latents)
+                if estimated.whole:
+                    rows = estimated.visited(latents.device)
+                    first = self._denoise(self.batch.take(rows), latents[rows], level[rows]).latents
+                    estimate[estimated.rows(latents.device)] = first[: len(estimated.places)]
         return self._denoise(self.batch, latents, level, estimate)
 
     def _denoise(self, batch: Batch, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Denoised:
         given = {} if estimate is None else {"estimate": estimate}
-        hidden = self.model.refine(latents, level, prompt=batch.prompt, end=batch.end, **given)
+        hidden = self.model.refine(
+            latents, level, prompt=batch.prompt, end=batch.end, order=batch.order, documents=batch.documents, **given
+        )
         return self.denoiser(self.model.readout(hidden, self.denoiser.embeddings), latents, level)
 
 
 def realised_below(levels: Tensor, t_min: float, batch: Batch) -> Tensor:
-    """Levels (B, N) with exact zeros where a token is prompt or absent, or its level is at most t_min."""
+    """Levels (B, N) with exact zeros where a token is context or absent, or its level is at most t_min."""
     return torch.where(batch.free & (levels > t_min), levels, 0.0)
-
-
-def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise on the device of `like`, in its dtype or float32, whichever is wider."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    # Not `randn`, which with a generator takes no lengths that torch.compile keeps symbolic; the numbers are the same.
-    return torch.empty(shape, device=like.device, dtype=dtype).normal_(generator=generator)
-
-
-def clock_values(batch: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One clock value a sequence, (B,), uniform in [0, 1), low-discrepancy over the batch.
-
-    Steps of the golden ratio from a common random offset: every run of neighbours covers the clock, not only the whole batch.
-    """
-    offset = torch.rand(1, generator=generator, device=like.device, dtype=like.dtype)
-    return (offset + torch.arange(batch, device=like.device, dtype=like.dtype) * 0.6180339887498949) % 1.0
 
 
 @torch.no_grad()

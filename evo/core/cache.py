@@ -12,14 +12,19 @@ from torch import Tensor
 
 
 class Cache:
-    """Keys and values of a batch of sequences: in every layer, slot s of a sequence holds the token at position s.
+    """Keys and values of a batch of sequences: in every layer, slot s of a sequence holds the token that was read s-th.
 
-    Sequences may have different lengths: what lies in a slot behind the end of a sequence is nobody's. Storage, (B, S, H, C) a layer, is
-    allocated once at `capacity` and doubled when that is not enough. What is stored carries no gradient.
+    It stands at position s, unless `shift` said otherwise when it was read: keys are stored as they are at their position. Sequences may
+    have different lengths: what lies in a slot behind the end of a sequence is nobody's. Storage, (B, S, H, C) a layer, is allocated
+    once at `capacity` and doubled when that is not enough. What is stored carries no gradient.
 
     Args:
         capacity: slots to allocate at first.
         limit: slots that will never be exceeded; None is no limit.
+
+    Attributes:
+        length: tokens stored of the longest sequence.
+        shift: (B,) int64, how much further right than its slot stands what is read from now on; None is not at all.
     """
 
     def __init__(self, capacity: int, limit: int | None = None) -> None:
@@ -29,6 +34,7 @@ class Cache:
             )
         self.capacity, self.limit = capacity, limit
         self.length = 0
+        self.shift: Tensor | None = None
         # How many tokens each sequence is shorter than the longest, on the device and on the host; None where all are alike.
         self._behind: Tensor | None = None
         self._behind_host: tuple[int, ...] | None = None
@@ -39,11 +45,17 @@ class Cache:
         """Tokens stored of each sequence: int where all agree, else (B,). `length` is that of the longest."""
         return self.length if self._behind is None else self.length - self._behind
 
-    def positions(self, count: int) -> int | Tensor:
-        """Where the next `count` tokens stand: the first position, int, where all sequences agree, else (B, count)."""
+    def next_slots(self, count: int) -> int | Tensor:
+        """The slots of the next `count` tokens: the first of them, int, where all sequences agree, else (B, count)."""
         if self._behind is None:
             return self.length
         return (self.length - self._behind)[:, None] + torch.arange(count, device=self._behind.device)
+
+    def positions(self, slots: Tensor, sequence: Tensor | None = None) -> Tensor:
+        """Where tokens in these slots stand: (B or 1, n), or (1, T) of the sequences (T,) -> the same, or (B, n)."""
+        if self.shift is None:
+            return slots
+        return slots + (self.shift[:, None] if sequence is None else self.shift[sequence])
 
     def ends(self, count: int) -> tuple[int, ...] | None:
         """The length each sequence will have with `count` more tokens, on the host; None where all agree."""
@@ -62,7 +74,7 @@ class Cache:
         They are overwritten by what comes next, unless `advance` counts them as stored after the last layer.
 
         Args:
-            at: the first slot, or a slot for each, (B, n), as `positions` says.
+            at: the first slot, or a slot for each, (B, n), as `next_slots` says.
             slots: how many there are with the new ones.
 
         Raises:
@@ -154,6 +166,8 @@ class Cache:
         if self._behind_host is not None:
             lengths = [self.length - self._behind_host[row] for row in rows.tolist()]
             self._settle(lengths, rows.device)
+        if self.shift is not None:
+            self.shift = self.shift[rows]
 
     def take(self, rows: Tensor) -> Cache:
         """A cache of these sequences, as `select` would leave it, with storage of its own; this one stays as it is."""

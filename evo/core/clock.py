@@ -66,11 +66,26 @@ class ClockDensity(nn.Module):
         weight = mass / (probabilities[chosen] * self.bins)
         return r.clamp(min=0).to(length.dtype).minimum(length), weight.to(length.dtype)
 
+    @property
+    def figures(self) -> int:
+        """How many sums `tally` gives."""
+        return 2 * self.bins
+
     @torch.no_grad()
-    def update(self, r: Tensor, integrand: Tensor) -> None:
-        """Take note of the integrand (B,), nats per unit of clock, at points r (B,); nothing waits for the device."""
+    def tally(self, r: Tensor, integrand: Tensor) -> Tensor:
+        """What an integrand (B,), nats per unit of clock, found at points r (B,) adds: (2 * bins,) float64.
+
+        Squares by bin, then how many there were; tallies of parts of a batch add up to that of the batch.
+        """
         value = integrand.double().square()
         seen = value.isfinite()
         bin_of = (r.double() * self.bins).long().clamp(0, self.bins - 1)
-        self.squares.mul_(self.decay).index_add_(0, bin_of, torch.where(seen, value, 0.0))
-        self.counts.mul_(self.decay).index_add_(0, bin_of, seen.double())
+        sums = torch.zeros(2, self.bins, dtype=torch.float64, device=r.device)
+        return sums.index_add_(1, bin_of, torch.stack([torch.where(seen, value, 0.0), seen.double()])).flatten()
+
+    @torch.no_grad()
+    def update(self, tally: Tensor) -> None:
+        """Take note of one step's tally (2 * bins,); nothing waits for the device."""
+        squares, counts = tally.view(2, self.bins)
+        self.squares.mul_(self.decay).add_(squares)
+        self.counts.mul_(self.decay).add_(counts)

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from evo.core.bound import Batch
+from evo.core.documents import Documents
 from evo.core.ends import Ends
+from evo.core.order import Order
+from evo.core.part import Part
 from evo.solvers import FixedStep, Solver, TorchDiffEq
 
 if TYPE_CHECKING:
@@ -55,9 +58,16 @@ def check_tokens(model: Evo, tokens: Tensor, name: str = "tokens", minimum: int 
 
 
 def as_batch(
-    model: Evo, tokens: Tensor, prompt_length: int | Tensor | None = None, lengths: Tensor | None = None
+    model: Evo,
+    tokens: Tensor,
+    prompt_length: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    suffix_length: int | Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Batch:
-    """The batch of (B, N) tokens, of which the first `prompt_length` (int or (B,)) are prompt and `lengths` (B,) are present."""
+    """The batch of (B, N) tokens, of which the first `prompt_length` (int or (B,)) are prompt and `lengths` (B,) are present; of these the
+    last `suffix_length` (int or (B,)) are suffix. `documents` (B, N) says which document each token belongs to.
+    """
     check_tokens(model, tokens)
     size, device, look = tokens.shape[1], tokens.device, looks(model)
     end = (
@@ -66,7 +76,30 @@ def as_batch(
         else as_lengths("lengths", lengths, tokens, 1, look=look)
     )
     prompt = as_lengths("prompt_length", 0 if prompt_length is None else prompt_length, tokens, 0, look=look)
-    return Batch(tokens=tokens, present=torch.arange(size, device=device) < end[:, None], prompt=prompt, end=end)
+    order = None
+    if suffix_length is not None:
+        suffix = as_lengths("suffix_length", suffix_length, tokens, 0, look=look)
+        if look and bool((prompt + suffix > end).any()):
+            raise ValueError(
+                f"prompts of {prompt.tolist()} and suffixes of {suffix.tolist()} tokens do not fit sequences of {end.tolist()}; "
+                "they must not overlap"
+            )
+        order = Order.of(size, model.bos_slots, prompt, end, suffix)
+    apart = None if documents is None else as_documents(documents, tokens, model.bos_slots)
+    if apart is not None and order is not None:
+        apart, order = apart.read_in(order, prompt)
+    present = torch.arange(size, device=device) < end[:, None]
+    return Batch(tokens=tokens, present=present, prompt=prompt, end=end, order=order, documents=apart)
+
+
+def as_documents(documents: Tensor, tokens: Tensor, bos: int) -> Documents:
+    """The documents of (B, N) tokens, from ids of the same shape."""
+    if documents.dtype != torch.int64 or documents.shape != tokens.shape or documents.device != tokens.device:
+        raise ValueError(
+            f"documents must be int64 ids of shape {tuple(tokens.shape)} on {tokens.device}, "
+            f"got {documents.dtype} {tuple(documents.shape)} on {documents.device}"
+        )
+    return Documents.of(documents, bos)
 
 
 def as_lengths(name: str, lengths: int | Tensor, tokens: Tensor, low: int, *, look: bool = True) -> Tensor:
@@ -84,14 +117,29 @@ def as_lengths(name: str, lengths: int | Tensor, tokens: Tensor, low: int, *, lo
 
 
 def as_mask(loss_mask: Tensor | None, batch: Batch) -> Tensor:
-    """What is scored, bool (B, N): of the tokens present, those that a mask of the same shape names."""
+    """What is scored, bool (B, N): of the tokens that are coded, those that a mask of the same shape names."""
     if loss_mask is None:
-        return batch.present
+        return batch.coded
     if loss_mask.dtype != torch.bool or loss_mask.shape != batch.tokens.shape:
         raise ValueError(
             f"loss_mask must be bool of shape {tuple(batch.tokens.shape)}, got {loss_mask.dtype} {tuple(loss_mask.shape)}"
         )
-    return loss_mask & batch.present
+    return loss_mask & batch.coded
+
+
+def as_part(part: Part | None, batch: Batch, scored: Tensor) -> Part:
+    """The part of a step's batch that (B, N) tokens are, of which `scored`, bool (B, N), are scored; None is a whole batch."""
+    size = len(batch.tokens)
+    if part is None:
+        return Part(rows=range(size), total=size, scored=scored.sum())
+    if len(part.rows) != size or len(set(part.rows)) != size or not 0 <= min(part.rows) <= max(part.rows) < part.total:
+        raise ValueError(
+            f"part has rows {tuple(part.rows)} of {part.total}; "
+            f"{size} sequences need as many different rows of the whole batch, in [0, {part.total})"
+        )
+    if part.scored.dim() if isinstance(part.scored, Tensor) else part.scored < 0:
+        raise ValueError(f"part has scored {part.scored}; it is how many tokens the whole batch scores, one number")
+    return part
 
 
 def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look: bool = True) -> Tensor | None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Positions that numbers are drawn for at a time: a call to a generator costs as much as many numbers.
 _RUN = 64
+# Turns the seed of a stream into that of its other; any pattern of bits would do.
+_APART = 0x9E3779B9
 
 
 class Draws:
@@ -48,6 +50,12 @@ class Draws:
                 )
             seeds = [seed for each in generator for seed in _seeds(each, 1)]
         return cls([torch.Generator(device).manual_seed(seed) for seed in seeds])
+
+    def apart(self) -> Draws:
+        """Other streams for the same sequences, as good as independent of these, which stay where they are."""
+        return Draws(
+            [torch.Generator(each.device).manual_seed(each.initial_seed() ^ _APART) for each in self._generators]
+        )
 
     def take(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """For the next `count` positions of each sequence, standard normal noise (B, n, D) and numbers in [0, 1), (B, n, 2).

@@ -70,8 +70,12 @@ class Banned:
     before: Tensor
 
     def __call__(self, logits: Tensor, sequence: Tensor, index: int | Tensor) -> Tensor:
-        """Logits (T, V) of tokens of sequences (T,) at positions int or (T,) of the window, with -inf where an id may not come."""
+        """Logits (..., V) of tokens of sequences int64 (...) at positions int or (...) of the window, with -inf where an id may not come.
+
+        Sequences and positions need only broadcast to the shape (...) of the tokens.
+        """
         early, ids = (index < self.before[sequence]).unsqueeze(-1), self.ids[sequence]
+        ids = ids.expand(*logits.shape[:-1], -1)
         return logits.scatter(-1, ids, logits.gather(-1, ids).masked_fill(early, -torch.inf))
 
     def take(self, rows: Tensor) -> Banned:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evo.core.bound import Batch, Sketch, learned_levels, standard_normal
-from evo.core.contract import as_batch, as_levels, as_mask
+from evo.core.bound import Batch, Sketch, learned_levels
+from evo.core.chance import Chance
+from evo.core.contract import as_batch, as_levels, as_mask, as_part
 from evo.core.objective import Output
+from evo.core.part import Part
 from evo.schedules import Path, early_stop
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Evaluation:
         """Exp of the bound per token."""
         return math.exp(self.nats)
 
-    def bits_per(self, units: int) -> dict[str, float | str]:
+    def bits_per(self, units: float) -> dict[str, float | str]:
         """Everything in bits per unit (of bytes, of words) where the text scored has so many, as JSON values."""
         factor = self.tokens / math.log(2) / units
         return {
@@ -71,7 +73,8 @@ def measure(
     scored: Tensor,
     levels: Tensor | None,
     path: Path,
-    generator: torch.Generator | None,
+    chance: Chance,
+    part: Part,
     clock_values: int,
     snap: float = 0.0,
 ) -> Output:
@@ -79,7 +82,7 @@ def measure(
 
     Each sequence has its clock values stratified over [0, 1] behind an offset of its own. Levels below `snap` become 0.
     """
-    noise = standard_normal((*batch.tokens.shape, model.latent_space.dim), model.bos, generator)
+    noise = chance.normal(batch.tokens.shape[1], model.latent_space.dim, like=model.bos)
     if levels is None:
         levels = learned_levels(model, batch, noise, snap)
     levels = torch.where(levels < snap, 0.0, levels)
@@ -88,13 +91,13 @@ def measure(
     flow = reconstruction = torch.zeros_like(bits)
     # Nothing is left to refine at level 0: one pass instead of several. (A compiled pass cannot look; the zeros are exact either way.)
     if torch.compiler.is_compiling() or sketch.live.any():
-        offset = torch.empty(len(noise), device=noise.device, dtype=noise.dtype).uniform_(generator=generator)
+        offset = chance.uniform(like=noise)
         for index in range(clock_values):
-            flow = flow + sketch.flow_bits(path, (offset + index) / clock_values, generator).bits / clock_values
-        reconstruction = sketch.reconstruction(generator, network=True)
+            flow = flow + sketch.flow_bits(path, (offset + index) / clock_values, chance).bits / clock_values
+        reconstruction = sketch.reconstruction(chance, network=True)
     bound = bits + flow + reconstruction
     return Output(
-        loss=(bound * scored).sum() / scored.sum().clamp(min=1),
+        loss=(bound * scored).sum() / part.count,
         sketch_bits=bits,
         flow_bits=flow,
         reconstruction=reconstruction,
@@ -110,6 +113,8 @@ def evaluate(
     *,
     prompt_length: int | Tensor | None = None,
     lengths: Tensor | None = None,
+    suffix_length: int | Tensor | None = None,
+    documents: Tensor | None = None,
     loss_mask: Tensor | None = None,
     path: Path = early_stop,
     clock_values: int = 8,
@@ -127,7 +132,10 @@ def evaluate(
         levels: a float or a tensor (S, N); None is the levels that the head chooses, position by position.
         prompt_length: leading tokens that are prompt, int or (S,); they have level 0 and see no later token.
         lengths: (S,) tokens present in each right-padded sequence; None is all.
-        loss_mask: bool (S, N), what is scored; None is everything present.
+        suffix_length: trailing tokens that are clean context on the right, int or (S,); nobody codes them.
+        documents: ids (S, N) int64 of documents that share a sequence without seeing each other; None is one a sequence.
+        loss_mask: bool (S, N), what is scored; None is everything present that is not suffix. The bound on -log p(window | prompt, suffix)
+            alone leaves the prompt out, which costs what it costs without a suffix.
         path: how levels fall on the clock.
         clock_values: per sequence. The bound is unbiased with any number; more make it more precise.
         snap: levels below this count as 0; generation with K steps snaps below 1/K.
@@ -142,7 +150,14 @@ def evaluate(
     """
     if clock_values < 1:
         raise ValueError(f"clock_values is {clock_values}; at least one value of the clock is needed")
-    beside = {"levels": levels, "prompt_length": prompt_length, "lengths": lengths, "loss_mask": loss_mask}
+    beside = {
+        "levels": levels,
+        "prompt_length": prompt_length,
+        "lengths": lengths,
+        "suffix_length": suffix_length,
+        "documents": documents,
+        "loss_mask": loss_mask,
+    }
     for name, value in beside.items():
         if isinstance(value, Tensor) and not (isinstance(tokens, Tensor) and len(value) == len(tokens)):
             raise ValueError(f"{name} given as a tensor needs tokens given as a tensor with as many sequences")
@@ -159,10 +174,13 @@ def evaluate(
                 name: value.split(batch_size)[index] if isinstance(value, Tensor) else value
                 for name, value in beside.items()
             }
-            batch = as_batch(model, chunk, rows["prompt_length"], rows["lengths"])
+            batch = as_batch(
+                model, chunk, rows["prompt_length"], rows["lengths"], rows["suffix_length"], rows["documents"]
+            )
             scored = as_mask(rows["loss_mask"], batch)
             chosen = as_levels(rows["levels"], batch, model.bos)
-            out = measure(model, batch, scored, chosen, path, generator, clock_values, snap)
+            chance, part = Chance(generator, len(chunk)), as_part(None, batch, scored)
+            out = measure(model, batch, scored, chosen, path, chance, part, clock_values, snap)
             sums.append((out.bound * scored).double().sum(1).cpu())
             counts.append(scored.double().sum(1).cpu())
             bits = torch.stack([out.sketch_bits, out.flow_bits, out.reconstruction]) * scored

@@ -1,4 +1,7 @@
-"""Are the learned levels at least as good as level 0 everywhere, and as level 1 everywhere?"""
+"""Are the learned levels at least as good as level 0 everywhere, and as level 1 everywhere?
+
+B batch, N tokens.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,15 @@ class Extremes(nn.Module):
             self.register_buffer(name, torch.zeros(2, dtype=torch.float64))
 
     def beyond(self) -> tuple[Tensor, Tensor]:
-        """What the head costs beyond each end, nats per token, (2,), and the standard error of that; NaN where nothing has been seen."""
+        """What the head costs beyond each end, nats per token, (2,), and the standard error of that.
+
+        Both are NaN where nothing has been seen, and the error also where all rests on a single step.
+        """
         mean = self.differences / self.weights
         share = self.squared_weights / self.weights.square()  # 1 / how many steps it rests on
-        variance = (self.squares / self.weights - mean.square()).clamp(min=0) / (1 - share)
+        # One step alone has no spread; as its weight decays, rounding would make one up.
+        spread = torch.where(share < 1 - 1e-9, 1 - share, torch.nan)
+        variance = (self.squares / self.weights - mean.square()).clamp(min=0) / spread
         return mean, (variance * share).sqrt()
 
     def slope(self) -> Tensor:
@@ -53,17 +61,29 @@ class Extremes(nn.Module):
         to_zero, to_one = torch.nan_to_num(mean - self.doubt * error, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
         return self.gain * torch.where(to_zero >= to_one, to_zero, -to_one)
 
-    @torch.no_grad()
-    def update(self, head: Tensor, ends: Tensor, tokens: Tensor) -> None:
-        """Take note of one step; nothing waits for the device.
+    figures = 6
+    """How many sums `tally` gives."""
 
-        Args:
-            head: what its levels cost, nats per token, (2,): where level 0, and where level 1, are compared with it.
-            ends: what these cost, (2,).
-            tokens: how many each comparison rests on, (2,); 0 is no comparison.
+    @staticmethod
+    def tally(*found: tuple[Tensor, Tensor]) -> Tensor:
+        """What costs found at the head's levels, at level 0 and at level 1, in this order, add: (6,) float64.
+
+        Each is given as nats (B', N) and bool (B', N), which of them count, and makes the sum of the nats and their number. Tallies of
+        parts of a batch add up to that of the batch.
         """
-        difference = (head - ends).double()
-        weight = torch.where(difference.isfinite(), tokens.double(), 0.0)
+        sums = [(torch.where(counted, nats.detach(), 0.0).sum(), counted.sum()) for nats, counted in found]
+        return torch.stack([value.double() for pair in sums for value in pair])
+
+    @torch.no_grad()
+    def update(self, tally: Tensor) -> None:
+        """Take note of one step's tally (6,); nothing waits for the device.
+
+        Each end is compared with the head by their means, a comparison that rests on as many tokens as the smaller of the two has.
+        """
+        nats, tokens = tally.view(3, 2).unbind(1)
+        mean = nats / tokens
+        difference = mean[0] - mean[1:]
+        weight = torch.where(difference.isfinite(), torch.minimum(tokens[0], tokens[1:]), 0.0)
         difference = torch.where(weight > 0, difference, 0.0)
         new = (weight, weight.square(), weight * difference, weight * difference.square())
         decays = (self.decay, self.decay**2, self.decay, self.decay)

@@ -17,9 +17,10 @@ from torch import Tensor
 from evo.core.draws import Draws
 from evo.core.ends import Ends
 from evo.core.evaluation import evaluating
-from evo.core.prompted import Prompted
 from evo.core.refinement import Plan, Request, SketchedWindow, Steps, refine
-from evo.core.sketching import Sampling, WindowSketch
+from evo.core.sketching import Run, Sampling, WindowSketch
+from evo.core.speculation import Speculation, speculate
+from evo.core.suffix import Suffix, between
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
@@ -34,6 +35,7 @@ class Generation:
         lengths: (B,) new tokens of each sequence, its stop token included.
         levels: (B, M) the level each token was sketched at; 0 where it was final at once.
         nfe: network evaluations of refinement, each of all sequences that are refined together, over all windows.
+        accepted: of each sequence, how many proposals became text in each round of speculation; None where nothing was proposed.
         trajectory: a `Steps` for every window, if asked for; where the head is fixed at 0, all is one window.
     """
 
@@ -41,6 +43,7 @@ class Generation:
     lengths: Tensor
     levels: Tensor
     nfe: int
+    accepted: tuple[tuple[int, ...], ...] | None
     trajectory: tuple[Steps, ...] | None
 
 
@@ -75,7 +78,9 @@ class Job:
         ends: where the sequences end.
         draws: their randomness.
         sampling: how to sketch.
+        speculation: how to guess what will be written at level 0; None is not to guess.
         request: how to refine.
+        suffix: what stands on the right of the text to be written; None is nothing.
     """
 
     prompt: Tensor
@@ -83,14 +88,19 @@ class Job:
     ends: Ends
     draws: Draws
     sampling: Sampling
+    speculation: Speculation | None
     request: Request
+    suffix: Suffix | None = None
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What a writer has to say besides the text: evaluations of refinement, and of each window its size, its rows and their steps."""
+    """What a writer has to say besides the text: evaluations of refinement, accepted proposals of each sequence round by round, and of
+    each window its size, its rows and their steps.
+    """
 
     nfe: int = 0
+    accepted: list[list[int]] | None = None
     windows: list[tuple[int, list[int], Steps | None]] = field(default_factory=list)
 
 
@@ -113,6 +123,7 @@ def generate(model: Evo, job: Job) -> Generation:
         lengths=torch.tensor(lengths, device=device),
         levels=torch.tensor(levels, dtype=dtype, device=device),
         nfe=report.nfe,
+        accepted=None if report.accepted is None else tuple(map(tuple, report.accepted)),
         trajectory=_trajectory(written, report, job.request.max_steps, dtype) if job.request.trajectory else None,
     )
 
@@ -132,24 +143,25 @@ def stream(model: Evo, job: Job) -> Generator[Chunk, None, None]:
 def write(model: Evo, job: Job, report: Report) -> Generator[Chunk, None, None]:
     """Write, handing out what is final. Everything held is let go of when the iterator is closed."""
     ends, draws, request = job.ends, job.draws, job.request
-    state = Prompted(model, job.prompt, job.lengths, max(ends.most))
+    state = between(model, job.prompt, job.lengths, job.suffix, max(ends.most))
+    if job.speculation is not None:
+        report.accepted = [[] for _ in job.prompt]
+        report.windows.append((max(ends.most), [], None))
+        for run in speculate(state, draws, ends, job.sampling.prior, job.speculation, report.accepted):
+            yield _chunk(run, run.row, 0, report)
+        return
     rows, start, size = list(range(len(job.prompt))), 0, request.window
+    ahead = draws.apart() if job.sampling.stride > 1 else None
     if job.sampling.never_refines(state.hidden.new_empty(0, dtype=state.noise_dtype), state.denoiser.schedule.t_min):
         # Nothing will ever be refined together: a border between windows would cost its time and change nothing.
         size = max(ends.most)
     while rows:
         count = min(size, max(ends.most) - start)
         noise, uniform = draws.take(count, state.denoiser.embeddings)
-        window = WindowSketch(state, noise, uniform[..., 0], ends, start, job.sampling)
+        waiting = None if ahead is None else ahead.take(count, state.denoiser.embeddings)[0]
+        window = WindowSketch(state, noise, uniform[..., 0], waiting, ends, start, job.sampling)
         for run in window.run():
-            yield Chunk(
-                row=rows[run.row],
-                position=start + run.place,
-                tokens=tuple(run.tokens),
-                levels=tuple(run.levels),
-                last=run.last,
-                nfe=report.nfe,
-            )
+            yield _chunk(run, rows[run.row], start, report)
         state = window.state
         if any(window.noisy):
             yield from _refined(window, uniform[..., 1], rows, len(job.prompt), request, report)
@@ -165,8 +177,22 @@ def write(model: Evo, job: Job, report: Report) -> Generator[Chunk, None, None]:
             state.read(clean, torch.zeros_like(clean[..., 0]))
             if len(staying) < len(rows):
                 draws.select(staying)
+                if ahead is not None:
+                    ahead.select(staying)
                 ends = ends.take(staying)
         rows = [rows[row] for row in staying]
+
+
+def _chunk(run: Run, row: int, start: int, report: Report) -> Chunk:
+    """What has become final of a window that begins at `start`."""
+    return Chunk(
+        row=row,
+        position=start + run.place,
+        tokens=tuple(run.tokens),
+        levels=tuple(run.levels),
+        last=run.last,
+        nfe=report.nfe,
+    )
 
 
 def _refined(

@@ -27,7 +27,7 @@ class RMSNorm:
 
     def build(self, width: int) -> nn.RMSNorm:
         """The module for (..., width)."""
-        return nn.RMSNorm(width, eps=self.eps)
+        return _RMSNorm(width, eps=self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class LayerNorm:
 
     def build(self, width: int) -> nn.LayerNorm:
         """The module for (..., width)."""
-        return nn.LayerNorm(width, eps=self.eps)
+        return _LayerNorm(width, eps=self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,19 @@ class GELU:
     def build(self, width: int, hidden: int) -> FeedForward:
         """The module for (B, N, W)."""
         return FeedForward(width, hidden)
+
+
+class _RMSNorm(nn.RMSNorm):
+    # Weights that are narrower than the residual stream, as shards gathered in bfloat16 are, do not narrow it.
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class _LayerNorm(nn.LayerNorm):
+    # See `_RMSNorm`.
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class GatedFeedForward(nn.Module):

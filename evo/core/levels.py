@@ -5,10 +5,17 @@ B batch, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from evo.core.chance import Chance
+from evo.core.part import to_device
+
+# Steps of the golden ratio from any start: every run of neighbours covers the circle evenly (Weyl; Knuth, vol. 3, 6.4).
+_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +23,7 @@ class Exploration:
     """How training strays from the levels of the head.
 
     Args:
-        share: of the sequences, in [0, 1], that have random levels instead; rounded to whole sequences of the batch.
+        share: of the sequences, in [0, 1], that have random levels instead; rounded down to whole sequences of the batch.
         noise: scale of the logistic noise added to the logit of the head's levels for the other sequences, at least 0.
     """
 
@@ -30,32 +37,29 @@ class Exploration:
             )
 
 
-def random_levels(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+def random_levels(ranks: Sequence[int], length: int, chance: Chance, like: Tensor) -> Tensor:
     """Levels (B, N) to explore with: constant, per span and per token, exact zeros and ones among them.
+
+    `ranks` are the places of the B sequences among all that explore, over which the kinds are spread.
 
     Every kind fills a share of the batch (constant 3/8, spans 3/8, tokens 2/8). Spans change their level from one token to the next with
     probability 1/8. Each level drawn is exactly 0 with probability 1/6, exactly 1 with probability 1/6, otherwise uniform.
     """
-    batch, length = shape
-    device, dtype = like.device, like.dtype
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device, dtype=dtype).uniform_(generator=generator)
-
-    # Low-discrepancy over the batch, so that every kind appears in every batch that is large enough.
-    kind = (torch.arange(batch, device=device) / batch + uniform(1)) % 1
+    # Low-discrepancy, so that every kind appears in every batch that is large enough; and not in step with the clock, of which otherwise
+    # each kind would see but a stretch.
+    turns = torch.tensor([rank * _GOLDEN % 1 for rank in ranks], dtype=like.dtype)
+    kind = (to_device(turns, like.device) + chance.shared(like)) % 1
     switch = torch.where(kind < 3 / 8, 0.0, torch.where(kind < 6 / 8, 1 / 8, 1.0))
-    span = (uniform(batch, length) < switch[:, None]).cumsum(1)
+    span = (chance.uniform(length, like=like) < switch[:, None]).cumsum(1)
     span = span - span[:, :1]
-    drawn = (1.5 * uniform(batch, length) - 0.25).clamp(0, 1)
+    drawn = (1.5 * chance.uniform(length, like=like) - 0.25).clamp(0, 1)
     return drawn.gather(1, span)
 
 
-def with_logistic_noise(levels: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
-    """Levels (B, N) moved by logistic noise of the given scale in their logit; differentiable in the levels."""
+def with_logistic_noise(levels: Tensor, scale: float, u: Tensor) -> Tensor:
+    """Levels (B, N) moved by logistic noise of the given scale in their logit, made of u (B, N), uniform in [0, 1); differentiable."""
     if scale == 0:
         return levels
-    u = torch.empty_like(levels).uniform_(generator=generator)
     edge = torch.finfo(levels.dtype).eps
     return (levels.logit(eps=1e-4) + scale * u.logit(eps=edge)).sigmoid()
 

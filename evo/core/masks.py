@@ -84,6 +84,20 @@ class Causal(Mask):
         return False
 
 
+@dataclass(frozen=True)
+class Leading(Mask):
+    """Everybody sees the first `count` positions: what is `| Leading(1)` keeps BOS in sight."""
+
+    count: int
+
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key < self.count
+
+    @property
+    def per_sequence(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True, eq=False)
 class Window(Mask):
     """A causal prompt, followed by a window in which everybody sees the prompt and the whole window.
@@ -200,6 +214,20 @@ class Document(Mask):
                 f"Document ids have shape {tuple(self.ids.shape)}; {batch} sequences of {keys} positions need "
                 f"({batch}, {keys}) or longer"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Mask):
+    """What another mask says of the sequences of its batch from `start` on."""
+
+    mask: Mask
+    start: int
+
+    def allowed(self, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.mask.allowed(sequence + self.start, query, key)
+
+    def pieces(self, start: int, count: int, keys: int) -> tuple[Piece, ...] | None:
+        return self.mask.pieces(start, count, keys)
 
 
 @dataclass(frozen=True, eq=False)

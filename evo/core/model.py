@@ -11,27 +11,27 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from evo.core.bos import bos_slots
-from evo.core.config import EvoConfig, preset
-from evo.core.contract import as_batch, as_levels, as_mask, as_row_solver, check_tokens, looks
+from evo.core.chance import Chance
+from evo.core.config import preset
+from evo.core.contract import as_batch, as_levels, as_mask, as_part, as_row_solver, check_tokens, looks
 from evo.core.denoiser import Denoiser, VectorField
 from evo.core.draws import Draws
 from evo.core.editing import Edited, edit
 from evo.core.evaluation import evaluating, measure
 from evo.core.generation import Chunk, Generation, generate, stream
+from evo.core.infilling import as_infill
 from evo.core.job import as_job
-from evo.core.latent_space import Embeddings
-from evo.core.masks import Causal, Window
+from evo.core.network import Network
 from evo.core.objective import DEFAULT_OBJECTIVE, Objective, Output, training_step
+from evo.core.part import Part
 from evo.core.prompted import Prompted
 from evo.core.refinement import Request
 from evo.core.serialization import load_pretrained, save_pretrained
-from evo.core.transformer import Transformer
-from evo.heads import Decoder, LinearDecoder, Prior, Readout, TimestepHead
-from evo.schedules import Cosine, Path, Schedule, early_stop
+from evo.core.speculation import Speculation
+from evo.heads import Decoder, LinearDecoder, Prior
+from evo.schedules import Path, early_stop
 from evo.solvers import Euler, Solver
 
 # Tokens between two looks at what is being written where nobody waits for it: each look waits for the device, and a sequence that has
@@ -39,53 +39,12 @@ from evo.solvers import Euler, Solver
 _UNWATCHED = 8
 
 
-class Evo(nn.Module):
+class Evo(Network):
     """A language model in which every token starts at a noise level of its own and is refined to a word.
 
-    The same weights serve two halves: under a causal mask they sketch (output j speaks of token j+1), under a window mask they
-    refine (every position of the window speaks of its own token).
-
-    Args:
-        latent_space: embeddings e(v), (V, D).
-        backbone: latents (B, N, D) and levels (B, N) to hidden states (B, N, W), called like `Transformer`.
-        schedule: the noise schedule; None is `Cosine()`.
-        timestep_head: level of a token from the hidden state and context logits that speak of it; None is `TimestepHead(W)`.
-        readout: context logits from hidden states (B, N, W) and embeddings (V, D); None is `Readout`, which shares the embeddings.
-        bos: "attended" is a learned latent (D,) before the first token, which speaks of it and which every token sees; "detached", for
-            networks pretrained without one, is a learned hidden state (W,) that speaks of the first token (evenly of all entries, at
-            first) and that no token sees.
-        config: what `save_pretrained` writes; None for a model composed by hand, which is loaded into a model composed alike.
+    It is composed of the parts that `Network` takes, by name: `Evo(latent_space=..., backbone=..., schedule=...)`; or `from_preset`
+    composes it.
     """
-
-    def __init__(
-        self,
-        *,
-        latent_space: Embeddings,
-        backbone: Transformer,
-        schedule: Schedule | None = None,
-        timestep_head: nn.Module | None = None,
-        readout: nn.Module | None = None,
-        bos: str = "attended",
-        config: EvoConfig | None = None,
-    ) -> None:
-        super().__init__()
-        if latent_space.dim != backbone.dim:
-            raise ValueError(
-                f"the latent space has dimension {latent_space.dim}, the backbone takes {backbone.dim}; they must agree"
-            )
-        self.latent_space = latent_space
-        self.backbone = backbone
-        self.schedule = Cosine() if schedule is None else schedule
-        self.timestep_head = TimestepHead(backbone.width) if timestep_head is None else timestep_head
-        self.readout = (
-            Readout(backbone.width, latent_space.dim, latent_space.vocab_size) if readout is None else readout
-        )
-        self.bos_slots = bos_slots(bos)
-        if self.bos_slots:
-            self.bos = nn.Parameter(torch.randn(latent_space.dim) * latent_space.radius * latent_space.dim**-0.5)
-        else:
-            self.bos = nn.Parameter(torch.zeros(backbone.width))
-        self.config = config
 
     @classmethod
     def from_preset(cls, name: str, *, vocab_size: int, **overrides: Any) -> Evo:
@@ -96,66 +55,6 @@ class Evo(nn.Module):
         """
         return preset(name, vocab_size=vocab_size, **overrides).build()
 
-    @property
-    def context(self) -> int:
-        """The longest sequence, in tokens."""
-        return self.backbone.positions - self.bos_slots
-
-    # The two halves.
-
-    def sketch(self, latents: Tensor, level: Tensor) -> Tensor:
-        """The causal half: latents (B, N, D) at levels (B, N) -> hidden states (B, N, W); row i speaks of token i, from z_<i alone."""
-        latents, level = self.behind_bos(latents[:, :-1], level[:, :-1])
-        if self.bos_slots:
-            return self.backbone(latents, level, mask=Causal())
-        first = self.first_hidden(len(latents))
-        return torch.cat([first, self.backbone(latents, level, mask=Causal())], 1) if level.shape[1] else first
-
-    @property
-    def self_conditioned(self) -> bool:
-        """Whether refinement takes its own earlier estimate of the clean latents."""
-        return self.backbone.self_conditioned
-
-    def refine(
-        self,
-        latents: Tensor,
-        level: Tensor,
-        *,
-        prompt: Tensor | None = None,
-        end: Tensor | None = None,
-        estimate: Tensor | None = None,
-    ) -> Tensor:
-        """The refining half: latents (B, N, D) at levels (B, N) -> hidden states (B, N, W); row i speaks of token i itself.
-
-        Args:
-            latents, level: prompt and window together.
-            prompt: (B,) leading tokens that are prompt, None for none; their rows speak of the next token and see no window.
-            end: (B,) tokens present, None for all.
-            estimate: (B, N, D) an earlier estimate of the clean latents, for a network built with `self_conditioning`.
-        """
-        before = self.bos_slots
-        index = torch.arange(latents.shape[1] + before, device=latents.device)
-        begin = before if prompt is None else prompt + before
-        own = index >= (begin if prompt is None else prompt[:, None] + before)
-        mask = Window(begin, None if end is None else end + before)
-        if estimate is not None:
-            estimate = F.pad(estimate, (0, 0, before, 0))
-        latents, level = self.behind_bos(latents, level)
-        return self.backbone(latents, level, mask=mask, own=own, estimate=estimate)[:, before:]
-
-    def behind_bos(self, latents: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, N, D) and levels (B, N) as the backbone reads them: with those of BOS before them, if it is attended."""
-        if not self.bos_slots:
-            return latents, level
-        bos = self.bos.to(latents.dtype).expand(len(latents), 1, -1)
-        return torch.cat([bos, latents], dim=1), F.pad(level, (1, 0))
-
-    def first_hidden(self, batch: int) -> Tensor:
-        """The hidden state (B, 1, W) of a detached BOS, which speaks of the first token."""
-        return self.bos.expand(batch, 1, -1)
-
-    # What callers use.
-
     def forward(
         self,
         tokens: Tensor,
@@ -164,9 +63,12 @@ class Evo(nn.Module):
         prompt_length: int | Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        suffix_length: int | Tensor | None = None,
+        documents: Tensor | None = None,
         path: Path = early_stop,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         objective: Objective | None = None,
+        part: Part | None = None,
     ) -> Output:
         """The bound on -log p(tokens), and the loss.
 
@@ -179,22 +81,31 @@ class Evo(nn.Module):
             levels: one level for all, (B, N), or None for those of the head.
             prompt_length: leading tokens that are prompt, int or (B,); they have level 0 and see no later token.
             lengths: (B,) tokens present in each right-padded sequence; None is all.
+            suffix_length: of these, the trailing ones that are clean context on the right, int or (B,). They have level 0, see the prompt
+                and one another, and are seen by the window in both halves. They have no bits and are never scored: the bits of the
+                window bound -log p(window | prompt, suffix), of which what a suffix costs is no part.
+            documents: ids (B, N) int64 of documents packed into a sequence, one behind another. None sees another, in either half, and each
+                token has the bits that it would have if its document were alone. None is one document a sequence.
             path: how levels fall on the clock.
-            generator: of all noise.
+            generator: of all noise: one, or a sequence of B. With a sequence, each sequence's noise comes from its own generator alone,
+                the same bit for bit in whatever batch it sits.
             objective: what training adds; None is `Objective()`.
+            part: which part of a step's batch these sequences are; None is a whole batch. Losses of all parts add up to that of the
+                whole, and so do gradients, if each sequence has a generator of its own, and dropout is off.
 
         Raises:
             ValueError, TypeError: for anything out of shape or range, with the value and the remedy.
         """
-        batch = as_batch(self, tokens, prompt_length, lengths)
+        batch = as_batch(self, tokens, prompt_length, lengths, suffix_length, documents)
         scored = as_mask(loss_mask, batch)
         chosen = as_levels(levels, batch, self.bos, look=looks(self))
+        part = as_part(part, batch, scored)
+        chance = Chance(generator, len(tokens), part.common)
         if self.training:
             refined = not isinstance(levels, (int, float)) or levels > self.schedule.t_min
-            return training_step(
-                self, batch, scored, chosen, path, generator, objective or DEFAULT_OBJECTIVE, refined=refined
-            )
-        return measure(self, batch, scored, chosen, path, generator, clock_values=1)
+            asked = objective or DEFAULT_OBJECTIVE
+            return training_step(self, batch, scored, chosen, path, chance, part, asked, refined=refined)
+        return measure(self, batch, scored, chosen, path, chance, part, clock_values=1)
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """What an ordinary causal language model of these weights says: (B, N) -> (B, N, V); row i speaks of token i, from tokens < i."""
@@ -212,15 +123,18 @@ class Evo(nn.Module):
         prompt_length: int | Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        suffix_length: int | Tensor | None = None,
+        documents: Tensor | None = None,
         path: Path = early_stop,
         clock_values: int = 8,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """Minus the bound of each token, (B, N), in nats; exact at level 0, elsewhere from so many clock values a sequence."""
-        batch = as_batch(self, tokens, prompt_length, lengths)
+        batch = as_batch(self, tokens, prompt_length, lengths, suffix_length, documents)
         chosen = as_levels(levels, batch, self.bos)
         with evaluating(self):
-            return -measure(self, batch, batch.present, chosen, path, generator, clock_values).bound
+            chance, part = Chance(generator, len(tokens)), as_part(None, batch, batch.present)
+            return -measure(self, batch, batch.present, chosen, path, chance, part, clock_values).bound
 
     def vector_field(self, prompt: Tensor | None = None) -> VectorField:
         """The flow of a window behind a prompt (B, P): callable (latents (B, N, D), level (B, N)) -> velocity (B, N, D).
@@ -257,6 +171,8 @@ class Evo(nn.Module):
         min_new_tokens: int | Sequence[int] | Tensor = 0,
         refresh: int = 1,
         fidelity: float | None = None,
+        stride: int = 1,
+        speculation: Speculation | None = None,
         trajectory: bool = False,
     ) -> Generation:
         """Write behind a prompt: sketch a window token by token, refine it along the flow, commit, go on with the next.
@@ -286,6 +202,9 @@ class Evo(nn.Module):
                 `max_new_tokens` it makes the length exact.
             refresh: every how many steps of a window all of it is computed; 1 is exact, more reuses keys and values of tokens that stand.
             fidelity: probability of its best entry from which a token is final before its steps are spent; None is never.
+            stride: tokens sketched in one pass, each but the first in ignorance of those between; 1 is the plain sketch, and `window` at
+                level 1 diffusion.
+            speculation: write at level 0, the same text in fewer passes: the flow guesses, the causal half checks. None is not to guess.
             trajectory: keep every row's levels and tokens.
 
         Raises:
@@ -312,6 +231,8 @@ class Evo(nn.Module):
             refresh=refresh,
             fidelity=fidelity,
             trajectory=trajectory,
+            stride=stride,
+            speculation=speculation,
             every=_UNWATCHED,
         )
         with evaluating(self):
@@ -332,13 +253,47 @@ class Evo(nn.Module):
         The options, and what is raised for them, are those of `generate`, all but `trajectory`; they are checked at once, not at the
         first chunk.
         """
-        unknown = sorted(options.keys() - (_OPTIONS.keys() - {"trajectory"}))
-        if unknown:
-            raise TypeError(
-                f"stream() takes no {', '.join(unknown)}; its options are those of generate, without trajectory"
-            )
-        job = as_job(self, prompt, max_new_tokens, **{**_OPTIONS, **options}, every=every)
+        job = as_job(self, prompt, max_new_tokens, **_as_options("stream", options, {"trajectory"}), every=every)
         return stream(self, job)
+
+    def infill(
+        self,
+        prefix: Tensor,
+        suffix: Tensor,
+        length: int | Sequence[int] | Tensor | None = None,
+        *,
+        max_length: int | Sequence[int] | Tensor | None = None,
+        min_length: int | Sequence[int] | Tensor = 0,
+        prefix_lengths: Tensor | None = None,
+        suffix_lengths: Tensor | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Write between a prefix and a suffix, in view of both: what `generate` does, with clean context on the right.
+
+        Both halves of the network see the suffix, so that any level serves, from plain autoregression (`FixedTimestep(0)`) to pure noise
+        (`FixedTimestep(1)`, which needs no sketch). Prefix and suffix are read once. A model has to be trained for it, see
+        `suffix_length` of `forward`. Behind a detached BOS the first token of an empty prefix is sketched without sight of the suffix.
+
+        Args:
+            prefix, suffix: ids (B, P) and (B, S), right-padded; either may be empty.
+            length: tokens between them, int or (B,).
+            max_length: instead of `length`, the most tokens there may be. The suffix stands behind so many places; a text that a stop token
+                ends earlier leaves the rest of them empty.
+            min_length: beside `max_length`, the fewest, a stop token included.
+            prefix_lengths, suffix_lengths: (B,) tokens present in each; None is all.
+
+        The options, and what is raised for them, are those of `generate`, all but `lengths` and `min_new_tokens`.
+
+        Returns:
+            What was written between the two, and nothing else.
+
+        Raises:
+            ValueError, TypeError: for texts or a setting that cannot be served, with the value and the remedy.
+        """
+        given = _as_options("infill", options, {"lengths", "min_new_tokens"}) | {"every": _UNWATCHED}
+        job = as_infill(self, prefix, suffix, length, max_length, min_length, prefix_lengths, suffix_lengths, given)
+        with evaluating(self):
+            return generate(self, job)
 
     def edit(
         self,
@@ -406,9 +361,19 @@ class Evo(nn.Module):
         return load_pretrained(path, self)
 
 
-# The options of `Evo.generate` as it declares them, so that `Evo.stream` need not do so again.
+# The options of `Evo.generate` as it declares them, so that methods that take them need not do so again.
 _OPTIONS: dict[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(Evo.generate).parameters.items()
     if parameter.default is not inspect.Parameter.empty
 }
+
+
+def _as_options(method: str, given: dict[str, Any], without: set[str]) -> dict[str, Any]:
+    """All options of `generate` but some, those not given as it declares them, for another method that takes them."""
+    known = {name: value for name, value in _OPTIONS.items() if name not in without}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise TypeError(
+            f"{method}() takes no {', '.join(unknown)}; its options are those of generate, without {' and '.join(sorted(without))}"
+        )
+    return known | given

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from evo.core.bound import Batch, Sketch, clock_values, cross_entropy, standard_normal
+from evo.core.bound import Batch, Sketch, Waiting, cross_entropy
+from evo.core.chance import Chance
 from evo.core.clock import ClockDensity
 from evo.core.extremes import Extremes
 from evo.core.levels import Exploration, random_levels, usage_entropy, with_logistic_noise
+from evo.core.part import Kinds, Part, Subset
 from evo.schedules import Path
 
 if TYPE_CHECKING:
@@ -31,23 +33,36 @@ class Objective:
             pass a noisy one that nothing is learned from.
         aux_weight: weight w of the auxiliary cross-entropies (1-t) CE(pi, x) + t CE(p(·|z), x), annealed by the training loop.
         label_smoothing: of the auxiliary cross-entropies, in [0, 1).
+        flow_weight: what the network learns from the flow bits is weighted by this, above 0; the head learns from them in full. Their
+            gradient is far noisier than that of the cross-entropy CE(p(·|z), x), which has the same minimum.
+        teaching: share of the sequences with the head's levels, in [0, 1] and rounded down, from which the head learns. Their
+            auxiliary cross-entropies are left out, since these are least where there is no noise and would draw every level to 0; of
+            the others they count, and their levels have no gradient.
         entropy_weight: weight of the entropy of the levels used across a sequence, which is rewarded.
         level_price: price of a unit of level, in nats a token.
         weight_cap: the flow integrand's weight is cut here, so that one rare low level cannot drown a batch.
-        self_conditioning: share of the sequences, in [0, 1], whose network sees its own earlier estimate, where it takes one.
+        self_conditioning: share of the sequences, in [0, 1] and rounded down, whose network sees its own earlier estimate, where it
+            takes one; of those that explore and of the others alike.
+        parallel: share of the sequences, in [0, 1] and rounded down, that are sketched in parallel behind a random place of their window,
+            as generation with a `stride` does it; of those that explore and of the others alike.
         exploration: how levels stray from the head's.
-        clock: where the flow is measured; each step tells it what it found. None is uniformly.
-        extremes: means of the bound at level 0, at the head's levels and at level 1; each step tells it what it found, and while an end
-            is better than the head, the head's logits are moved towards it. None leaves the head to the gradient of the bound alone.
+        clock: where the flow is measured. None is uniformly.
+        extremes: means of the bound at level 0, at the head's levels and at level 1; while an end is better than the head, the head's
+            logits are moved towards it. None leaves the head to the gradient of the bound alone.
+
+    `clock` and `extremes` learn from what a step found, `Output.observed`, by `observe`, which is called once a step.
     """
 
     causal_weight: float = 0.0
     aux_weight: float = 1.0
     label_smoothing: float = 0.1
+    flow_weight: float = 1.0
+    teaching: float = 1.0
     entropy_weight: float = 0.01
     level_price: float = 0.0
     weight_cap: float = 50.0
     self_conditioning: float = 0.5
+    parallel: float = 0.0
     exploration: Exploration = field(default_factory=Exploration)
     clock: ClockDensity | None = None
     extremes: Extremes | None = None
@@ -63,10 +78,33 @@ class Objective:
                 f"aux_weight {self.aux_weight}, causal_weight {self.causal_weight}, label_smoothing {self.label_smoothing}, "
                 f"weight_cap {self.weight_cap}: needed weights of at least 0, label_smoothing in [0, 1), weight_cap > 0"
             )
-        if not 0 <= self.self_conditioning <= 1:
+        if not 0 < self.flow_weight < math.inf:
             raise ValueError(
-                f"self_conditioning is {self.self_conditioning}; it is a share of the sequences, in [0, 1]"
+                f"flow_weight is {self.flow_weight}; it must be finite and above 0: the head learns from the flow in any case"
             )
+        for name in ("teaching", "self_conditioning", "parallel"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the sequences, in [0, 1]")
+
+    def observe(self, observed: Tensor | None) -> None:
+        """Take note of what a step found; nothing waits for the device.
+
+        Args:
+            observed: `Output.observed` of the whole batch: summed over the parts it was cut into, among passes and among ranks.
+
+        Raises:
+            ValueError: for figures that are not those of this objective.
+        """
+        learning = [each for each in (self.clock, self.extremes) if each is not None]
+        sizes = [each.figures for each in learning]
+        if (0 if observed is None else observed.numel()) != sum(sizes):
+            raise ValueError(
+                f"observed has {'nothing' if observed is None else tuple(observed.shape)}, this objective learns from "
+                f"({sum(sizes)},) figures: pass the sum of the `observed` that the model returned under it"
+            )
+        if observed is not None:
+            for each, tally in zip(learning, observed.split(sizes), strict=True):
+                each.update(tally)
 
 
 # Made once: torch.compile cannot trace the making of it.
@@ -78,9 +116,12 @@ class Output:
     """What `Evo.forward` returns. Bits are in nats, (B, N), unreduced, zero for absent tokens.
 
     Attributes:
-        loss: scalar, the mean over scored tokens of the bound and what the objective adds to it.
+        loss: scalar, the mean over scored tokens of the bound and what the objective adds to it. Of a part of a batch: its share in that
+            mean over the whole batch, so that losses and gradients of all parts add up (they are summed, not averaged).
         sketch_bits, flow_bits, reconstruction: the three parts of the bound.
         levels: (B, N) the levels used.
+        observed: (O,) float64 without gradient, what `Objective.observe` learns from; O depends on the objective alone, and figures of
+            all parts of a batch add up to those of the batch. None where the objective learns nothing, and in evaluation.
     """
 
     loss: Tensor
@@ -88,6 +129,7 @@ class Output:
     flow_bits: Tensor
     reconstruction: Tensor
     levels: Tensor
+    observed: Tensor | None = None
 
     @property
     def bound(self) -> Tensor:
@@ -101,122 +143,170 @@ def training_step(
     scored: Tensor,
     levels: Tensor | None,
     path: Path,
-    generator: torch.Generator | None,
+    chance: Chance,
+    part: Part,
     objective: Objective,
     *,
     refined: bool = True,
 ) -> Output:
-    """One estimate of the bound at one clock value a sequence, and the loss.
+    """One estimate of the bound at one clock value a sequence, and the loss: of a part, what it adds to that of the whole batch.
 
     `levels=None` explores, see `training_levels`. `refined=False` says that all levels are 0, which spares the flow its pass.
     """
-    noise = standard_normal((*batch.tokens.shape, model.latent_space.dim), model.bos, generator)
-    count, free = scored.sum().clamp(min=1), scored & batch.free
+    noise = chance.normal(batch.tokens.shape[1], model.latent_space.dim, like=model.bos)
+    count, free = part.count, scored & batch.free
+    kinds = part.kinds(objective.exploration.share) if levels is None else None
+    waiting = None if objective.parallel == 0 else _waiting(batch, noise, part.some(objective.parallel, kinds), chance)
     chosen = None
     if levels is None:
-        chosen = training_levels(model, batch, noise, objective, generator)
+        assert kinds is not None
+        chosen = training_levels(model, batch, noise, waiting, objective, chance, kinds)
         levels = chosen.levels
-    sketch = Sketch(model, batch, levels, noise)
+    sketch = Sketch(model, batch, levels, noise, waiting)
     bits, causal = sketch.bits()
-    flow = reconstruction = torch.zeros_like(bits)
+    found, flow, reconstruction = None, torch.zeros_like(bits), torch.zeros_like(bits)
     smoothing = objective.label_smoothing
     spoken = cross_entropy(sketch.context_log_probs, batch.tokens, smoothing) if smoothing else causal
     if refined:
-        clock = clock_values(len(noise), noise, generator)
+        share = objective.self_conditioning
         found = sketch.flow_bits(
             path,
-            clock,
-            generator,
+            (part.strata(noise) + chance.shared(noise)) % 1,
+            chance,
             density=objective.clock,
             weight_cap=objective.weight_cap,
-            self_conditioning=objective.self_conditioning,
+            estimated=None if share == 1 else part.some(share, kinds),
+            gain=1 / objective.flow_weight,
         )
-        if objective.clock is not None:
-            objective.clock.update(found.remaining, (found.integrand * scored).sum(1))
         flow = found.bits
-        reconstruction = sketch.reconstruction(generator, network=False)
+        reconstruction = sketch.reconstruction(chance, network=False)
         # Weighted by how much each half has to say of a token; the levels are not to be learned from the weights.
         own = cross_entropy(found.denoised.log_probs, batch.tokens, smoothing)
         spoken = torch.lerp(spoken, own, sketch.levels.detach())
+        if chosen is not None:
+            spoken[chosen.teachers.rows(spoken.device)] = 0.0
 
     bound = bits + flow + reconstruction
-    loss = (bound * scored).sum() / count
+    loss = ((bits + objective.flow_weight * flow + reconstruction) * scored).sum() / count
     if objective.aux_weight:
         loss = loss + objective.aux_weight * (spoken * scored).sum() / count
     if objective.entropy_weight:
-        loss = loss - objective.entropy_weight * usage_entropy(levels, batch.free).mean()
+        loss = loss - objective.entropy_weight * usage_entropy(levels, batch.free).sum() / part.total
     if objective.level_price:
         loss = loss + objective.level_price * (levels * free).sum() / count
-    if chosen is not None:
-        if chosen.causal is not None:
-            loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
-        if objective.extremes is not None:
-            learned = len(levels) - len(chosen.head)
-            cost = (bound + objective.level_price * sketch.levels).detach()
-            _compare(objective.extremes, cost, sketch.levels, free, learned, chosen.causal)
-            logits, number = chosen.head.logit(eps=1e-4), scored[learned:].sum().clamp(min=1)
-            loss = loss + objective.extremes.slope().to(loss.dtype) * (logits * free[learned:]).sum() / number
-    return Output(loss=loss, sketch_bits=bits, flow_bits=flow, reconstruction=reconstruction, levels=sketch.levels)
+    observed = []
+    if objective.clock is not None:
+        clock = objective.clock
+        observed.append(
+            noise.new_zeros(clock.figures, dtype=torch.float64)
+            if found is None
+            else clock.tally(found.remaining, (found.integrand * scored).sum(1))
+        )
+    if chosen is not None and chosen.causal is not None:
+        loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
+    if objective.extremes is not None:
+        if chosen is None:
+            observed.append(noise.new_zeros(objective.extremes.figures, dtype=torch.float64))
+        else:
+            cost = bound + objective.level_price * sketch.levels
+            observed.append(_compared(objective.extremes, cost, sketch.levels, free, chosen))
+            learners = chosen.kinds.learners
+            if learners.whole:
+                # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
+                logits = (chosen.head.logit(eps=1e-4) * free[learners.rows(free.device)]).sum()
+                mean = logits / count * (part.total / learners.whole)
+                loss = loss + objective.extremes.slope().to(loss.dtype) * mean
+    return Output(
+        loss=loss,
+        sketch_bits=bits,
+        flow_bits=flow,
+        reconstruction=reconstruction,
+        levels=sketch.levels,
+        observed=torch.cat(observed) if observed else None,
+    )
 
 
 class Chosen(NamedTuple):
     """Levels to train on.
 
     Attributes:
-        levels: (B, N), random ones first, then those of the head with noise.
-        head: what the head itself says of the latter, (learners, N).
+        levels: (B, N), random ones of the explorers, those of the head with noise of the learners.
+        head: what the head itself says of the learners, (learners, N).
+        kinds: which sequences are which.
+        teachers: those of the learners whose levels have a gradient.
         causal: cross-entropy of the clean first pass, nats, (B, N); None where there was no such pass.
     """
 
     levels: Tensor
     head: Tensor
+    kinds: Kinds
+    teachers: Subset
     causal: Tensor | None
 
 
 def training_levels(
-    model: Evo, batch: Batch, noise: Tensor, objective: Objective, generator: torch.Generator | None
+    model: Evo,
+    batch: Batch,
+    noise: Tensor,
+    waiting: Waiting | None,
+    objective: Objective,
+    chance: Chance,
+    kinds: Kinds,
 ) -> Chosen:
     """Levels to train on: random ones for a share of the sequences, for the others, the learners, those of the head with noise.
 
     The head reads a first pass, and the levels have a gradient to the head alone. The pass is made over the learners at exploratory
-    levels, without a gradient; or, where the objective weighs causal cross-entropy, over everything at level 0, and is then scored.
+    levels, without a gradient; or, where the objective weighs causal cross-entropy, over everything at level 0, and is then scored. What is
+    to be sketched in parallel is so in that pass too.
     """
-    explored = random_levels(batch.tokens.shape, generator, noise)
-    learned = round(objective.exploration.share * len(explored))
-    hidden = logits = causal = None
+    learners, device = kinds.learners, noise.device
+    explored = random_levels(kinds.ranks, batch.tokens.shape[1], chance, noise)
+    # Drawn for all, so that no sequence's later numbers depend on which of the two it is.
+    logistic = chance.uniform(batch.tokens.shape[1], like=noise)
+    rows, causal = learners.rows(device), None
+    hidden = logits = noise
     if objective.causal_weight:
-        first = Sketch(model, batch, torch.zeros_like(explored), noise)
+        first = Sketch(model, batch, torch.zeros_like(explored), noise, waiting)
         causal = cross_entropy(first.context_log_probs, batch.tokens)
-        hidden, logits = first.hidden[learned:].detach(), first.context_logits[learned:].detach()
-    elif learned < len(explored):
+        hidden, logits = first.hidden[rows].detach(), first.context_logits[rows].detach()
+    elif learners.whole:
+        visited = learners.visited(device)
         with torch.no_grad():
-            first = Sketch(model, batch.take(slice(learned, None)), explored[learned:], noise[learned:])
-        hidden, logits = first.hidden, first.context_logits
-    if learned == len(explored):
-        return Chosen(explored, explored[learned:], causal)
+            behind = None if waiting is None else waiting.take(visited)
+            first = Sketch(model, batch.take(visited), explored[visited], noise[visited], behind)
+        hidden, logits = (each[: len(learners.places)] for each in (first.hidden, first.context_logits))
+    teachers = kinds.teachers(objective.teaching)
+    if not learners.whole:
+        return Chosen(explored, explored[rows], kinds, teachers, causal)
     head = model.timestep_head(hidden, logits)
-    levels = with_logistic_noise(head, objective.exploration.noise, generator)
-    return Chosen(torch.cat([explored[:learned], levels]), head, causal)
+    levels = explored.clone()
+    levels[rows] = with_logistic_noise(head, objective.exploration.noise, logistic[rows]).to(levels.dtype)
+    # Every part asks its head for a gradient, be it of nothing: ranks with other sequences do.
+    taught = torch.zeros(len(levels), 1, dtype=torch.bool, device=device)
+    taught[teachers.rows(device)] = True
+    return Chosen(torch.where(taught, levels, levels.detach()), head, kinds, teachers, causal)
 
 
-def _compare(
-    extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, learned: int, causal: Tensor | None
-) -> None:
-    """Tell what tokens cost, nats (B, N), at the head's levels (from row `learned` on), at level 0 and at level 1.
+def _waiting(batch: Batch, noise: Tensor, parallel: Subset, chance: Chance) -> Waiting:
+    """A place of the window, uniform, from which on the given sequences are sketched in parallel; of the others nothing waits."""
+    # Drawn for all, as the levels' noise is.
+    place, fresh = chance.uniform(like=noise), chance.normal(*noise.shape[1:], like=noise)
+    known = torch.full_like(batch.prompt, noise.shape[1])
+    rows = parallel.rows(noise.device)
+    known[rows] = (batch.prompt + (place * batch.free.sum(1)).long())[rows]
+    return Waiting(known=known, noise=fresh)
+
+
+def _compared(extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, chosen: Chosen) -> Tensor:
+    """The tally of what tokens cost, nats (B, N), at the head's levels, at level 0 and at level 1.
 
     Level 1 is found among the random levels; level 0 too, or, better, of the very sequences of the head, in the clean first pass.
     """
-    head, ends = _mean(cost[learned:], free[learned:]), []
-    for level in (0, 1):
-        constant = ((levels[:learned] == level) | ~free[:learned]).all(1, keepdim=True)
-        ends.append(_mean(cost[:learned], free[:learned] & constant))
-    if causal is not None:
-        ends[0] = _mean(causal[learned:].detach(), free[learned:])
-    found, tokens = torch.stack([nats for nats, _ in ends]), torch.stack([count for _, count in ends])
-    extremes.update(head[0].expand(2), found, torch.minimum(tokens, head[1]))
+    explorers, learners = (kind.rows(cost.device) for kind in chosen.kinds[:2])
 
+    def constant(level: int) -> tuple[Tensor, Tensor]:
+        alike = ((levels[explorers] == level) | ~free[explorers]).all(1, keepdim=True)
+        return cost[explorers], free[explorers] & alike
 
-def _mean(nats: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats per token counted (NaN for none), and how many these are."""
-    count = counted.sum()
-    return (nats * counted).sum() / count, count
+    zero = constant(0) if chosen.causal is None else (chosen.causal[learners], free[learners])
+    return extremes.tally((cost[learners], free[learners]), zero, constant(1))

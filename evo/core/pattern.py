@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from evo.core.masks import Mask, Piece
+from evo.core.masks import Mask, Piece, Rows
 
 T = TypeVar("T")
 
@@ -56,6 +56,18 @@ class Pattern:
         if key not in self._made:
             self._made[key] = make()
         return cast("T", self._made[key])
+
+    def take(self, rows: slice) -> Pattern:
+        """The pattern of these sequences, which follow one another in the batch: `slice(first, stop)`."""
+        return Pattern(
+            mask=Rows(self.mask, rows.start) if self.mask.per_sequence else self.mask,
+            queries=self.queries[rows] if isinstance(self.queries, Tensor) and len(self.queries) > 1 else self.queries,
+            count=self.count,
+            keys=self.keys,
+            batch=rows.stop - rows.start,
+            device=self.device,
+            ends=None if self.ends is None else self.ends[rows],
+        )
 
     @property
     def positions(self) -> Tensor:

@@ -9,11 +9,12 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evo.core.cache import Cache
 from evo.core.denoiser import Denoiser, VectorField
-from evo.core.masks import Causal, Window
+from evo.core.masks import Causal, Mask, Window
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
@@ -54,18 +55,42 @@ class Prompted:
                 empty = (lengths == 0)[:, None, None]
                 self.hidden = torch.where(empty, model.first_hidden(len(prompt)), self.hidden)
 
-    @property
-    def position(self) -> int | Tensor:
-        """Where the next token stands in its sequence: int, or (B,) where sequences differ."""
-        return self.cache.lengths
-
     def speak(self) -> Tensor:
         """Context logits (B, V) of the next token."""
         return self.model.readout(self.hidden, self.denoiser.embeddings)[:, 0]
 
-    def read(self, latents: Tensor, level: Tensor) -> None:
-        """Append tokens, as latents (B, n, D) at levels (B, n)."""
-        self.hidden = self._read(latents, level)[:, -1:]
+    def read(self, latents: Tensor, level: Tensor) -> Tensor:
+        """Append tokens, as latents (B, n, D) at levels (B, n): hidden states (B, n, W), each of which speaks of the token behind."""
+        hidden = self._read(latents, level)
+        self.hidden = hidden[:, -1:]
+        return hidden
+
+    def look_ahead(self, latents: Tensor, level: Tensor, noise: Tensor, mask: Mask) -> Tensor:
+        """Append tokens (n may be 0), and see in the same pass k places behind them of which nothing is known.
+
+        Such a place enters at level 1, as the schedule's noise there, and speaks of its own token. Nothing of it is kept.
+
+        Args:
+            noise: standard normal, (B, k, D).
+            mask: who sees whom; under `Causal()` a place sees those before it, under a `Window` that begins with the places all of them.
+
+        Returns:
+            Hidden states of the places, (B, k, W).
+        """
+        count, ahead = latents.shape[1], noise.shape[1]
+        pure = self.model.schedule.noise(torch.ones_like(noise[..., :1])) * noise
+        hidden = self.model.backbone(
+            torch.cat([latents, pure], 1),
+            F.pad(level, (0, ahead), value=1.0),
+            mask=mask,
+            own=torch.arange(count + ahead, device=noise.device) >= count,
+            cache=self.cache,
+            store=True,
+        )
+        self.cache.rewind(ahead)
+        if count:
+            self.hidden = hidden[:, count - 1 : count]
+        return hidden[:, count:]
 
     def forget(self, count: int | Tensor) -> None:
         """Take back the last `count` tokens, int or (B,); something must be read before the next token is spoken of."""
@@ -85,7 +110,7 @@ class Prompted:
     def field(self, length: Tensor | None = None) -> VectorField:
         """The flow of a window behind what has been read. `length` (B,) is how many of its tokens are present; None is all."""
         # Whoever asks stands in the window, so that nothing is prompt to them.
-        mask, cache = Window(0, None if length is None else self.position + length), self.cache
+        mask, cache = Window(0, None if length is None else self.cache.lengths + length), self.cache
 
         def network(latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
             own = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)

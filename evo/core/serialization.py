@@ -24,6 +24,7 @@ from evo.core.config import EvoConfig
 from evo.core.files import read_json, sha256, sync, write_json
 from evo.core.shards import Shards
 from evo.core.sizes import blueprint
+from evo.core.transformer import Transformer
 from evo.schedules import from_config
 
 if TYPE_CHECKING:
@@ -35,7 +36,16 @@ _WEIGHTS = r"model-[0-9a-f]{12}\.safetensors"
 
 
 def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
-    """Write weights and config to a directory, which is made if it is not there."""
+    """Write weights and config to a directory, which is made if it is not there.
+
+    Raises:
+        ValueError: for a model of which this process has but some blocks.
+    """
+    if isinstance(model.backbone, Transformer) and model.backbone.relay is not None:
+        raise ValueError(
+            "this process has only some of the model's blocks, the others are in other pipeline stages: save a checkpoint, "
+            "which all stages write together, and export that"
+        )
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / f".{secrets.token_hex(8)}.tmp"
@@ -96,11 +106,20 @@ def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Ev
         )
     _check_same(blueprint(config), shards, weights)
     _check_digest(weights, manifest["sha256"])
-    # Without memory or random numbers for weights that would be thrown away; every tensor then comes from the file, in its own dtype.
+    return assemble(config, {name: shards.read(name) for name in shards})
+
+
+def assemble(config: EvoConfig, weights: Mapping[str, Tensor]) -> Evo:
+    """The model of a config around these weights, in their dtypes and the memory they are in, in evaluation mode.
+
+    Raises:
+        RuntimeError: where they are not the weights of such a model.
+    """
+    # Without memory or random numbers for weights that would be thrown away.
     with torch.device("meta"):
         model = config.build()
     model.schedule = from_config(config.schedule)
-    model.load_state_dict({name: shards.read(name) for name in shards}, assign=True)
+    model.load_state_dict(dict(weights), assign=True)
     return model.eval()
 
 

@@ -1,6 +1,7 @@
-"""Sketching a window: token after token, each at a level of its own.
+"""Sketching a window: token after token, or several in one pass, each at a level of its own.
 
-B sequences of the window, A of them still being sketched, n tokens, N tokens of the window, V vocabulary, D latent dimension.
+B sequences of the window, A of them still being sketched, n tokens, k tokens of one pass, N tokens of the window, V vocabulary,
+D latent dimension.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from evo.core.ends import Ends
+from evo.core.masks import Causal
 from evo.core.prompted import Prompted
 from evo.heads import FixedTimestep, Prior
-from evo.schedules import step_counts
+from evo.schedules import Schedule, step_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +27,14 @@ class Sampling:
         timestep_head: levels from hidden states and context logits.
         prior: tokens from context logits.
         max_steps: K; a level that gets no step is 0.
+        stride: tokens sketched in one pass.
         every: tokens between two looks of the host at what has been drawn.
     """
 
     timestep_head: Callable[[Tensor, Tensor], Tensor]
     prior: Prior
     max_steps: int
+    stride: int
     every: int
 
     def refined(self, level: Tensor, t_min: float) -> Tensor:
@@ -41,6 +45,11 @@ class Sampling:
         """Whether it is known beforehand that every token is final at once; levels have the dtype of `like`."""
         head = self.timestep_head
         return isinstance(head, FixedTimestep) and not self.refined(like.new_full((), head.value), t_min)
+
+    def never_sketches(self, schedule: Schedule, like: Tensor) -> bool:
+        """Whether it is known beforehand that of what is sketched nothing remains: pure diffusion."""
+        head = self.timestep_head
+        return isinstance(head, FixedTimestep) and head.value == 1 and bool(schedule.signal(like.new_ones(())) == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,8 @@ class WindowSketch:
         state: what precedes the window.
         noise: (B, N, D) standard normal.
         uniform: (B, N) in [0, 1).
+        waiting: (B, N, D) standard normal and independent of `noise`: what the network sees where nothing is sketched yet. None for a
+            stride of 1, where it sees no such place.
         ends: where the sequences end.
         start: new tokens before this window.
         how: how to sketch.
@@ -79,9 +90,19 @@ class WindowSketch:
         banned: what may not come in this window.
     """
 
-    def __init__(self, state: Prompted, noise: Tensor, uniform: Tensor, ends: Ends, start: int, how: Sampling) -> None:
+    def __init__(
+        self,
+        state: Prompted,
+        noise: Tensor,
+        uniform: Tensor,
+        waiting: Tensor | None,
+        ends: Ends,
+        start: int,
+        how: Sampling,
+    ) -> None:
         batch, count = noise.shape[:2]
-        self.state, self.noise, self.uniform, self.ends, self.start, self.how = state, noise, uniform, ends, start, how
+        self.state, self.ends, self.start, self.how = state, ends, start, how
+        self.noise, self.uniform, self.waiting = noise, uniform, waiting
         self.standing, self.read, self.size = list(range(batch)), 0, 0
         self.tokens = torch.zeros(batch, count, dtype=torch.int64, device=noise.device)
         self.latents, self.levels = torch.zeros_like(noise), torch.zeros_like(noise[..., 0])
@@ -98,30 +119,35 @@ class WindowSketch:
         Raises:
             ValueError: for logits that are not finite.
         """
+        schedule = self.state.denoiser.schedule
+        if self.how.never_sketches(schedule, self.levels):
+            self.size, self.levels = self.tokens.shape[1], torch.ones_like(self.levels)
+            self.latents = schedule.noised(self.latents, self.noise, self.levels)
+            yield from self._look(self.standing, 0, self.tokens.tolist(), self.levels.tolist())
+            return
         count, device = self.tokens.shape[1], self.tokens.device
         walker, active, rows, last = self.state, self.standing, torch.arange(len(self.standing), device=device), None
         while self.size < count and active:
-            begin, self.size = self.size, min(self.size + self.how.every, count)
+            begin, until = self.size, min(self.size + self.how.every, count)
             columns = []
-            for index in range(begin, self.size):
-                if last is not None:
-                    walker.read(*last)
-                logits = walker.speak()
-                token, latent, level = self._draw(walker.hidden, logits, index, rows)
+            while self.size < until:
+                run = slice(self.size, min(self.size + self.how.stride, count))
+                hidden, logits = self._speak(walker, last, run, rows)
+                token, latent, level = self._draw(hidden, logits, run, rows)
                 columns.append((token, latent, level, logits))
-                last = latent.unsqueeze(1), level.unsqueeze(1)
+                last, self.size = (latent, level), run.stop
             if walker is self.state:
-                self.read = self.size - 1
-            # The latest token sees all others: what is not finite anywhere has reached it.
+                self.read = self.size - columns[-1][0].shape[1]
+            # The latest tokens see all others: what is not finite anywhere has reached them.
             if not columns[-1][3].isfinite().all():
                 raise ValueError(
                     "the network gave NaN or infinite logits while sketching; look for such values in its weights"
                 )
             places, here = slice(None) if len(rows) == len(self.tokens) else rows, slice(begin, self.size)
-            tokens, levels = (torch.stack([column[part] for column in columns], 1) for part in (0, 2))
+            tokens, levels = (torch.cat([column[part] for column in columns], 1) for part in (0, 2))
             self.tokens[places, here] = tokens
             if not self._still:
-                self.latents[places, here] = torch.stack([column[1] for column in columns], 1)
+                self.latents[places, here] = torch.cat([column[1] for column in columns], 1)
                 self.levels[places, here] = levels
             yield from self._look(active, begin, tokens.tolist(), levels.tolist())
             going = [place for place, row in enumerate(active) if not self.ended[row]]
@@ -136,22 +162,43 @@ class WindowSketch:
                 last = last and (last[0][chosen], last[1][chosen])
             active = [active[place] for place in going]
 
-    def _draw(self, hidden: Tensor, logits: Tensor, index: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token (A,), latent (A, D) and level (A,) at one place, from the hidden states (A, 1, W) and logits (A, V) that speak of it."""
-        allowed = logits if self.banned is None else self.banned(logits, rows, index)
-        token = self.how.prior(allowed, self._of(self.uniform, rows, index))
+    def _speak(
+        self, walker: Prompted, last: tuple[Tensor, Tensor] | None, run: slice, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (A, k, W) and context logits (A, k, V) of the places of a run, behind the latest tokens, which are read now.
+
+        The first place is spoken of by the token before it, as in a plain sketch, the others, where there are any, by themselves.
+        """
+        if self.waiting is None:
+            if last is not None:
+                walker.read(*last)
+            hidden = walker.hidden
+        else:
+            waiting = self._of(self.waiting, rows, run)
+            latents, level = (waiting[:, :0], waiting[:, :0, 0]) if last is None else last
+            own = walker.look_ahead(latents, level, waiting, Causal())
+            hidden = torch.cat([walker.hidden, own[:, 1:]], 1)
+        return hidden, walker.model.readout(hidden, walker.denoiser.embeddings)
+
+    def _draw(self, hidden: Tensor, logits: Tensor, run: slice, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (A, k), latents (A, k, D) and levels (A, k) of a run, from the hidden states (A, k, W) and logits (A, k, V) of it."""
+        allowed = logits
+        if self.banned is not None:
+            allowed = self.banned(logits, rows[:, None], torch.arange(run.start, run.stop, device=rows.device))
+        uniform = self._of(self.uniform, rows, run)
+        token = self.how.prior(allowed.flatten(0, 1), uniform.flatten()).view_as(uniform)
         clean = self.state.denoiser.embeddings[token].to(self.noise.dtype)
         if self._still:
-            return token, clean, self.levels.new_zeros(len(token))
-        level = self.how.timestep_head(hidden, logits.unsqueeze(1))[:, 0].to(clean.dtype)
+            return token, clean, torch.zeros_like(clean[..., 0])
+        level = self.how.timestep_head(hidden, logits).to(clean.dtype)
         refined = self.how.refined(level, self._t_min)
         level = torch.where(refined, level, 0.0)
-        noised = self.state.denoiser.schedule.noised(clean, self._of(self.noise, rows, index), level)
-        return token, torch.where(refined.unsqueeze(1), noised, clean), level
+        noised = self.state.denoiser.schedule.noised(clean, self._of(self.noise, rows, run), level)
+        return token, torch.where(refined.unsqueeze(-1), noised, clean), level
 
-    def _of(self, values: Tensor, rows: Tensor, index: int) -> Tensor:
-        column = values[:, index]
-        return column if len(rows) == len(column) else column[rows]
+    def _of(self, values: Tensor, rows: Tensor, run: slice) -> Tensor:
+        columns = values[:, run]
+        return columns if len(rows) == len(columns) else columns[rows]
 
     def _look(self, active: list[int], begin: int, tokens: list[list[int]], levels: list[list[float]]) -> Iterator[Run]:
         for row, drawn, noise in zip(active, tokens, levels, strict=True):

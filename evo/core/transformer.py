@@ -17,7 +17,9 @@ from evo.core.layers import GELU, LayerNorm, RMSNorm, SwiGLU, default_hidden
 from evo.core.masks import Causal, Mask
 from evo.core.packing import PackedAttend, PackedCache, Packing
 from evo.core.pattern import Pattern
+from evo.core.relay import Relay
 from evo.core.rotary import Rotary, RotaryTable
+from evo.core.section import Divide, SectionAttend
 
 
 class LevelEmbedding(nn.Module):
@@ -69,7 +71,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        attend: Attend | PackedAttend,
+        attend: Attend | PackedAttend | SectionAttend,
         cache: Cache | PackedCache | None,
         layer: int,
         store: bool,
@@ -100,6 +102,10 @@ class Transformer(nn.Module):
         qk_norm: whether the heads of queries and keys are normalised.
         embed: module that maps latents (B, N, D) to (B, N, W); None is a linear map.
         self_conditioning: take an earlier estimate of the clean latents as a second input.
+
+    Attributes:
+        divide: which positions of a pass without a cache are computed here, where others compute the rest; None is all of them.
+        relay: takes a pass through blocks that lie in other processes too, and are not among `blocks`; None is none.
     """
 
     def __init__(
@@ -129,6 +135,8 @@ class Transformer(nn.Module):
         hidden = default_hidden(width) if hidden is None else hidden
         self.dim, self.width, self.positions = dim, width, positions
         self.attention = attention
+        self.divide: Divide | None = None
+        self.relay: Relay | None = None
         self.embed = nn.Linear(dim, width, bias=False) if embed is None else embed
         self.estimate_embed = nn.Linear(dim, width, bias=False) if self_conditioning else None
         self.level_embedding = LevelEmbedding(width)
@@ -185,6 +193,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         store: bool = False,
         packing: Packing | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Latents (B, N, D) at levels (B, N) -> hidden states (B, N, W).
 
@@ -197,12 +206,15 @@ class Transformer(nn.Module):
             store: add the keys and values of these positions to the cache.
             packing: (B, N) is then (1, T), tokens from anywhere in sequences of the cache, which see their whole sequence and
                 overwrite their slots; `mask` stays None, `store` False.
+            positions: (B, N) int64 where the tokens stand, none beyond the last position; None is where the cache says, and without one
+                the order they are given in. To a mask that order is all there is.
 
         Raises:
             ValueError: if the tokens reach past the last position, for an estimate that this network has no input for, or for a
                 packing without a cache or with what it excludes.
         """
         count = latents.shape[1]
+        section = None
         if packing is not None:
             if cache is None or mask is not None or store:
                 raise ValueError(
@@ -211,24 +223,38 @@ class Transformer(nn.Module):
             keys = packing.keys
         else:
             keys = count if cache is None else cache.length + count
-        if keys > self.positions:
+        if keys > self.positions and positions is None and (cache is None or cache.shift is None):
             raise ValueError(
                 f"{keys} positions do not fit this model's {self.positions}: "
                 "shorten the sequence, or build it with a larger context"
             )
         if packing is not None and cache is not None:
-            attend, memory, positions = packing.attend(self.attention), packing.over(cache), packing.slots.unsqueeze(0)
+            attend, memory, slots = packing.attend(self.attention), packing.over(cache), packing.slots.unsqueeze(0)
         else:
+            start = 0 if cache is None else cache.next_slots(count)
+            if cache is None and self.divide is not None:
+                section = self.divide(count)
+            if section is not None:
+                start, count, rows = section.start, section.count, section.rows
+                latents, level = latents[:, rows], level[:, rows]
+                own = None if own is None else own[..., rows]
+                estimate = None if estimate is None else estimate[:, rows]
+                positions = None if positions is None else positions[:, rows]
             pattern = Pattern(
                 mask=Causal() if mask is None else mask,
-                queries=0 if cache is None else cache.positions(count),
+                queries=start,
                 count=count,
                 keys=keys,
                 batch=len(latents),
                 device=latents.device,
                 ends=None if cache is None else cache.ends(count),
             )
-            attend, memory, positions = Attend(self.attention, pattern), cache, pattern.positions
+            attend = Attend(self.attention, pattern) if section is None else section.attend(self.attention, pattern)
+            memory, slots = cache, pattern.positions
+        if positions is None:
+            positions = (
+                slots if cache is None else cache.positions(slots, None if packing is None else packing.sequence)
+            )
         # The residual stream keeps the dtype of the weights, also where autocast narrows what flows into it.
         dtype = self.norm.weight.dtype
         x = self.embed(latents.to(dtype)).to(dtype) + self.level_embedding(level)
@@ -245,8 +271,24 @@ class Transformer(nn.Module):
             x = x + self.position_embedding(positions)
         if self.rotary is not None:
             rotation = self.rotary(positions, level.dtype, x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, attend, memory, layer, store)
+
+        def through(x: Tensor, rows: slice | None) -> Tensor:
+            turned, seen = rotation, attend
+            if rows is not None:
+                assert not isinstance(seen, PackedAttend)  # tokens of several sequences pass together
+                turned, seen = None if rotation is None else _take(rotation, rows), seen.take(rows)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, turned, seen, memory, layer, store)
+            return x
+
+        x = through(x, None) if self.relay is None else self.relay(x, through, whole=cache is not None)
         if cache is not None and store:
             cache.advance(count)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if section is None else section.gather(x)
+
+
+def _take(rotation: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    """The rotation of these sequences; one for all of them stays as it is."""
+    cos, sin = rotation
+    return (cos, sin) if len(cos) == 1 else (cos[rows], sin[rows])

@@ -104,6 +104,10 @@ class Attend:
         """As `Backend.attend`."""
         return self.backend(q, k, v, self.pattern, dropout)
 
+    def take(self, rows: slice) -> Attend:
+        """The same for these sequences of the batch alone."""
+        return Attend(self.backend, self.pattern.take(rows))
+
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether a gradient will be asked of what is computed from these."""
