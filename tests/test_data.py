@@ -1,3 +1,5 @@
+"""Texts on disk to a corpus: which files, which side, what is kept, and the batches of a run."""
+
 import json
 import os
 
@@ -7,46 +9,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evo.text import BOS, EOS, ByteTokenizer
-from evo.training import Corpus, CorpusConfig, open_corpus
+from evo.data import BestFit, Contiguous, Corpus, CorpusConfig, open_corpus, sources
+from evo.text import BOS
+from tests.data_cases import corpus, of_lengths, texts, write
 
-tokenizer = ByteTokenizer()
 ANY = CorpusConfig()
-
-
-def write(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
-
-
-def documents(stream):
-    """The documents of a stream, each without its BOS and EOS, which are checked."""
-    ends = np.flatnonzero(np.asarray(stream) == EOS)
-    parts = np.split(np.asarray(stream), ends + 1)
-    assert len(parts.pop()) == 0
-    assert all(part[0] == BOS and part[-1] == EOS for part in parts)
-    return [tokenizer.decode_bytes(torch.from_numpy(part.astype(np.int64))) for part in parts]
-
-
 contents = st.binary(min_size=1, max_size=40).filter(lambda data: b"\0" not in data)
 names = st.text("abcdefgh", min_size=1, max_size=6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(files=st.dictionaries(names, contents, min_size=2, max_size=12))
 def test_every_document_of_a_folder_is_on_one_side_whole(files, tmp_path_factory):
     source = write(tmp_path_factory.mktemp("source"), files)
-    corpus = open_corpus(source, tmp_path_factory.mktemp("cache"), ANY)
-    train, held_out = documents(corpus.train), documents(corpus.held_out)
+    found = open_corpus(source, tmp_path_factory.mktemp("cache"), ANY, shard_bytes=30)
+    train, held_out = texts(found.train), texts(found.held_out)
     assert sorted(train + held_out) == sorted(files.values())
     assert train
     assert held_out
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(share=st.floats(0.1, 0.9))
 def test_a_file_stays_on_its_side_when_others_come(share, tmp_path_factory):
     few = {f"{i}.txt": b"%d" % i for i in range(60)}
@@ -55,26 +38,38 @@ def test_a_file_stays_on_its_side_when_others_come(share, tmp_path_factory):
     sides = []
     for files in (few, more):
         source = write(tmp_path_factory.mktemp("source"), files)
-        corpus = open_corpus(source, tmp_path_factory.mktemp("cache"), config)
-        sides.append((set(documents(corpus.train)), set(documents(corpus.held_out))))
+        found = open_corpus(source, tmp_path_factory.mktemp("cache"), config)
+        sides.append((set(texts(found.train)), set(texts(found.held_out))))
     assert sides[0][0] <= sides[1][0]
     assert sides[0][1] <= sides[1][1]
 
 
 def test_the_share_held_out_is_the_one_asked_for(tmp_path):
     source = write(tmp_path / "source", {f"{i}": b"%d" % i for i in range(1000)})
-    corpus = open_corpus(source, tmp_path / "cache", CorpusConfig(held_out=0.2))
+    found = open_corpus(source, tmp_path / "cache", CorpusConfig(held_out=0.2))
     # Five standard deviations of a binomial count.
-    assert abs(len(documents(corpus.held_out)) - 200) < 5 * (1000 * 0.2 * 0.8) ** 0.5
+    assert abs(found.held_out.documents - 200) < 5 * (1000 * 0.2 * 0.8) ** 0.5
 
 
 def test_a_single_file_is_split_by_position(tmp_path):
     text = bytes(range(65, 91)) * 40
     path = write(tmp_path, {"text": text}) / "text"
-    corpus = open_corpus(path, tmp_path / "cache", CorpusConfig(held_out=0.25))
-    (train,), (held_out,) = documents(corpus.train), documents(corpus.held_out)
+    found = open_corpus(path, tmp_path / "cache", CorpusConfig(held_out=0.25))
+    (train,), (held_out,) = texts(found.train), texts(found.held_out)
     assert train + held_out == text
     assert len(held_out) == len(text) // 4
+
+
+def test_a_long_file_is_several_documents_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_LONGEST", 100)
+    monkeypatch.setattr(sources, "_LINE", 30)
+    lines = b"".join(b"line %d of this text\n" % i for i in range(50))
+    path = write(tmp_path, {"text": lines + b"x" * 250}) / "text"
+    found = open_corpus(path, tmp_path / "cache", CorpusConfig(held_out=0.01))
+    train = texts(found.train)
+    assert b"".join(train + texts(found.held_out)) == lines + b"x" * 250
+    assert all(70 <= len(each) <= 100 for each in train[:-1])
+    assert all(each.endswith(b"\n") for each in train[:-4])
 
 
 def test_what_is_no_text_is_passed_over(tmp_path):
@@ -93,41 +88,43 @@ def test_what_is_no_text_is_passed_over(tmp_path):
     (source / "dangling.py").symlink_to(tmp_path / "nowhere")
 
     def found(config):
-        corpus = open_corpus(source, tmp_path / "cache", config)
-        return sorted(documents(corpus.train) + documents(corpus.held_out))
+        opened = open_corpus(source, tmp_path / "cache", config)
+        return sorted(texts(opened.train) + texts(opened.held_out))
 
     assert found(ANY) == [b"a", b"c", b"d"]
     assert found(CorpusConfig(suffixes=(".py",))) == [b"a", b"c"]
     assert found(CorpusConfig(exclude=("b",))) == [b"a", b"f", b"g"]
 
 
-def test_streams_are_reused_until_the_source_changes(tmp_path):
+def test_tokens_are_reused_until_the_source_changes(tmp_path):
     source = write(tmp_path / "source", {"a": b"one", "b": b"two", "c": b"three"})
     cache = tmp_path / "cache"
     first = open_corpus(source, cache, ANY)
-    made = os.stat(cache / "train.bin").st_ino
-    again = open_corpus(source, cache, ANY)
-    assert os.stat(cache / "train.bin").st_ino == made
+    before = sorted(texts(first.train) + texts(first.held_out))
+    made = os.stat(cache / "train" / "00000.tokens").st_ino
+    again = open_corpus(source, cache, CorpusConfig(packing="best_fit"))
+    assert os.stat(cache / "train" / "00000.tokens").st_ino == made
     assert again.fingerprint == first.fingerprint
+    assert again.packing == BestFit()
     write(source, {"b": b"other"})
     changed = open_corpus(source, cache, ANY)
     assert changed.fingerprint != first.fingerprint
-    assert b"other" in documents(changed.train) + documents(changed.held_out)
+    assert b"other" in texts(changed.train) + texts(changed.held_out)
     # The maps handed out before still show what they did.
-    assert b"two" in documents(first.train) + documents(first.held_out)
+    assert sorted(texts(first.train) + texts(first.held_out)) == before
 
 
 def test_a_cache_cut_short_is_made_anew(tmp_path):
     source = write(tmp_path / "source", {"a": b"one", "b": b"two"})
-    first = open_corpus(source, tmp_path / "cache", ANY)
-    kept = np.array(first.train)
-    with (tmp_path / "cache" / "train.bin").open("r+b") as file:
+    cache = tmp_path / "cache"
+    kept = texts(open_corpus(source, cache, ANY).train)
+    with (cache / "train" / "00000.tokens").open("r+b") as file:
         file.truncate(2)
-    again = open_corpus(source, tmp_path / "cache", ANY)
-    assert np.array_equal(again.train, kept)
+    assert texts(open_corpus(source, cache, ANY).train) == kept
 
 
-def test_a_kill_between_streams_and_manifest_leaves_nothing_half_valid(tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed_at", ["evo.data.corpus.write_json", "evo.data.writing.write_manifest"])
+def test_a_kill_before_the_end_leaves_nothing_half_valid(tmp_path, monkeypatch, killed_at):
     source = write(tmp_path / "source", {"a": b"one", "b": b"two"})
     cache = tmp_path / "cache"
     open_corpus(source, cache, ANY)
@@ -136,62 +133,30 @@ def test_a_kill_between_streams_and_manifest_leaves_nothing_half_valid(tmp_path,
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evo.training.data.write_json", killed)
+    monkeypatch.setattr(killed_at, killed)
     with pytest.raises(KeyboardInterrupt):
         open_corpus(source, cache, ANY)
     monkeypatch.undo()
-    assert not (cache / "manifest.json").exists()
-    corpus = open_corpus(source, cache, ANY)
-    assert sorted(documents(corpus.train) + documents(corpus.held_out)) == [b"1", b"2"]
+    found = open_corpus(source, cache, ANY)
+    assert sorted(texts(found.train) + texts(found.held_out)) == [b"1", b"2"]
 
 
-def test_the_manifest_says_how_much_there_is(tmp_path):
-    source = write(tmp_path / "source", {"a": b"one", "b": b"three"})
-    corpus = open_corpus(source, tmp_path / "cache", ANY)
-    streams = json.loads((tmp_path / "cache" / "manifest.json").read_text())["streams"]
-    assert streams["train"]["tokens"] == len(corpus.train)
-    assert streams["train"]["documents"] + streams["held_out"]["documents"] == 2
+def test_a_prepared_folder_is_read_where_it_is(tmp_path):
+    source = write(tmp_path / "source", {"a": b"one", "b": b"two"})
+    made = open_corpus(source, tmp_path / "prepared", ANY)
+    found = open_corpus(tmp_path / "prepared", tmp_path / "cache", ANY)
+    assert found.fingerprint == made.fingerprint
+    assert found.vocabulary == 259
+    assert not (tmp_path / "cache").exists()
+    manifest = json.loads((tmp_path / "prepared" / "train" / "shards.json").read_text())
+    assert (manifest["tokens"], manifest["documents"]) == (found.train.tokens, found.train.documents)
 
 
-@given(seed=st.integers(0, 2**40), step=st.integers(0, 2**40), size=st.integers(1, 6), length=st.integers(1, 100))
-def test_batches_are_crops_and_depend_on_seed_and_step_alone(seed, step, size, length):
-    stream = np.arange(100, dtype=np.uint16)
-    corpus = Corpus(train=stream, held_out=stream, fingerprint="")
-    batch = corpus.batch(seed, step, size, length)
-    assert batch.shape == (size, length)
-    assert batch.dtype == torch.int64
-    assert torch.equal(batch - batch[:, :1], torch.arange(length).expand(size, length))
-    assert torch.equal(batch, corpus.batch(seed, step, size, length))
-
-
-def test_every_place_is_reached_and_steps_differ():
-    stream = np.arange(12, dtype=np.uint16)
-    corpus = Corpus(train=stream, held_out=stream, fingerprint="")
-    starts = [corpus.batch(0, step, 8, 4)[:, 0] for step in range(50)]
-    counts = torch.bincount(torch.cat(starts), minlength=9)
-    assert len(counts) == 9
-    # 400 draws over 9 places: five standard deviations around 44.4.
-    assert (counts - 400 / 9).abs().max() < 5 * (400 / 9 * 8 / 9) ** 0.5
-    assert not torch.equal(corpus.batch(0, 1, 8, 4), corpus.batch(1, 1, 8, 4))
-
-
-@given(tokens=st.integers(1, 300), count=st.integers(1, 40), length=st.integers(1, 50))
-def test_held_out_crops_do_not_overlap(tokens, count, length):
-    stream = np.arange(tokens, dtype=np.uint16)
-    corpus = Corpus(train=stream, held_out=stream, fingerprint="")
-    if tokens < length:
-        with pytest.raises(ValueError, match=f"{tokens} tokens, a sequence needs {length}"):
-            corpus.held_out_batch(count, length)
-        return
-    crops = corpus.held_out_batch(count, length)
-    assert crops.shape == (min(count, tokens // length), length)
-    assert len(crops.flatten().unique()) == crops.numel()
-
-
-def test_a_text_shorter_than_a_sequence_is_an_error():
-    corpus = Corpus(train=np.zeros(5, np.uint16), held_out=np.zeros(5, np.uint16), fingerprint="")
-    with pytest.raises(ValueError, match="training text has 5 tokens, a sequence needs 8"):
-        corpus.batch(0, 0, 2, 8)
+def test_sides_of_different_tokenizers_are_refused(tmp_path):
+    one = corpus(tmp_path, ["abc"])
+    other = open_corpus(write(tmp_path / "source", {"a": b"one", "b": b"two"}), tmp_path / "cache", ANY)
+    with pytest.raises(ValueError, match=r"tokenized by 'letters' and .* by 'utf-8 bytes"):
+        Corpus(train=one.train, held_out=other.held_out)
 
 
 def test_no_text_is_an_error_that_names_the_path(tmp_path):
@@ -205,3 +170,101 @@ def test_no_text_is_an_error_that_names_the_path(tmp_path):
         open_corpus(tmp_path / "folder", tmp_path / "cache", CorpusConfig(suffixes=(".py",)))
     with pytest.raises(ValueError, match=r"held_out is 1\.5"):
         CorpusConfig(held_out=1.5)
+
+
+# Batches.
+
+LENGTHS = st.lists(st.integers(3, 30), min_size=1, max_size=12)
+
+
+@settings(max_examples=15)
+@given(
+    lengths=LENGTHS,
+    packing=st.sampled_from([Contiguous(), BestFit(), BestFit(buffer=2)]),
+    length=st.integers(1, 12),
+    total=st.integers(1, 7),
+    seed=st.integers(0, 2**40),
+    data=st.data(),
+)
+def test_each_row_of_a_batch_depends_on_nothing_but_its_number(
+    lengths, packing, length, total, seed, data, tmp_path_factory
+):
+    found = corpus(tmp_path_factory.mktemp("data"), of_lengths([max(length, lengths[0], 3), *lengths]), packing)
+    step = data.draw(st.integers(0, 2**30))
+    whole = found.batch(seed, step, range(total), total, length)
+    rows = data.draw(st.lists(st.sampled_from(range(total)), min_size=1, max_size=total, unique=True))
+    some = found.batch(seed, step, rows, total, length)
+    for name in ("tokens", "documents", "loss_mask"):
+        assert torch.equal(getattr(some, name), getattr(whole, name)[rows])
+    # The same run in batches of one.
+    alone = found.batch(seed, step * total + rows[0], [0], 1, length)
+    assert torch.equal(alone.tokens[0], some.tokens[0])
+    assert some.tokens.dtype == some.documents.dtype == torch.int64
+    assert some.tokens.shape == some.documents.shape == some.loss_mask.shape == (len(rows), length)
+
+
+@settings(max_examples=15)
+@given(lengths=LENGTHS, packing=st.sampled_from([Contiguous(), BestFit(buffer=3)]), length=st.integers(1, 9))
+def test_an_epoch_has_every_token_of_its_rows_once(lengths, packing, length, tmp_path_factory):
+    documents = of_lengths([max(length, 3), *lengths])
+    found = corpus(tmp_path_factory.mktemp("data"), documents, packing)
+    count = found.rows(length)
+    stream = found.train.read(0, found.train.tokens)
+    for epoch in range(2):
+        seen = [found.batch(3, epoch * count + step, [0], 1, length) for step in range(count)]
+        tokens = torch.cat([batch.tokens[batch.loss_mask] for batch in seen])
+        missing = np.bincount(stream, minlength=28) - torch.bincount(tokens, minlength=28).numpy()
+        assert (missing >= 0).all()
+        # What Contiguous leaves over is less than a row; BestFit leaves nothing.
+        assert missing.sum() == (0 if isinstance(packing, BestFit) else found.train.tokens % length)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
+    found = corpus(tmp_path, of_lengths([40] * 20))
+    count = found.rows(8)
+
+    def epoch(seed, number):
+        return found.batch(seed, number, range(count), count, 8).tokens
+
+    assert not torch.equal(epoch(0, 0), epoch(0, 1))
+    assert not torch.equal(epoch(0, 0), epoch(1, 0))
+    assert torch.equal(epoch(0, 1), epoch(0, 1))
+
+
+@given(tokens=st.integers(3, 300), count=st.integers(1, 40), length=st.integers(1, 50))
+def test_held_out_rows_do_not_overlap(tokens, count, length, tmp_path_factory):
+    found = corpus(tmp_path_factory.mktemp("data"), ["abc"], held_out="".join(of_lengths([tokens])))
+    if tokens < length:
+        with pytest.raises(ValueError, match=f"held_out has {tokens} tokens, a sequence needs {length}"):
+            found.held_out_batch(count, length)
+        return
+    rows = found.held_out_batch(count, length)
+    assert rows.tokens.shape == (min(count, tokens // length), length)
+    assert rows.loss_mask.all()
+    stream = found.held_out.read(0, tokens).astype(np.int64)
+    places = range(0, tokens - length + 1, length)
+    crops = [tuple(stream[at : at + length].tolist()) for at in places]
+    found_rows = [tuple(row) for row in rows.tokens.tolist()]
+    assert all(row in crops for row in found_rows)
+    assert found_rows[0] == crops[0]
+    assert found_rows[-1] == crops[len(crops) - 1 if len(found_rows) > 1 else 0]
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    found = corpus(tmp_path, ["abc"])
+    for packing in (Contiguous(), BestFit()):
+        short = Corpus(train=found.train, held_out=found.held_out, packing=packing)
+        with pytest.raises(ValueError, match="train has 5 tokens, a sequence needs 8"):
+            short.batch(0, 0, range(2), 2, 8)
+    for rows in ([], [2], [-1]):
+        with pytest.raises(ValueError, match=r"rows \[.*\] of a batch of 2"):
+            found.batch(0, 0, rows, 2, 4)
+
+
+def test_bytes_per_token_leaves_out_what_is_no_text(tmp_path):
+    source = write(tmp_path / "source", {"a": "é".encode() * 9, "b": b"two"})
+    found = open_corpus(source, tmp_path / "cache", ANY)
+    for side in (found.train, found.held_out):
+        ids = side.read(0, side.tokens)
+        assert side.bytes_per_token == 1
+        assert side.bytes == (ids < BOS).sum()
