@@ -2,7 +2,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evo.core import Evo
+from evo.core import Evo, Objective
+from evo.data import open_corpus
 from evo.training import (
     CurriculumConfig,
     Ema,
@@ -22,12 +22,12 @@ from evo.training import (
     train,
 )
 from evo.training.config import differences
-from evo.training.data import open_corpus
-from evo.training.loop import train_step
 from evo.training.metrics import Meter, MetricsLog
 from evo.training.optimizer import step_if
 from evo.training.precision import autocast, pick_device
 from evo.training.state import TrainState
+from evo.training.step import Share, train_step
+from tests.conftest import random_model
 
 SMALL = {"width": 16, "depth": 1, "heads": 1}
 steps = st.integers(0, 500)
@@ -131,40 +131,22 @@ def test_the_average_follows_its_recursion(seed, decay, first):
 # The loop.
 
 
-class MeanModel(nn.Module):
-    """Stands in for a model without noise: the loss is a mean over present tokens, so that passes can be compared."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(259, dtype=torch.float64))
-
-    def forward(self, tokens, *, prompt_length, lengths, **_):
-        present = torch.arange(tokens.shape[1]) < lengths[:, None]
-        bound = (self.table[tokens] - tokens / 100 - prompt_length[:, None]).square() * present
-        zero = torch.zeros_like(bound)
-        return SimpleNamespace(
-            loss=bound.sum() / present.sum(),
-            bound=bound,
-            sketch_bits=bound,
-            flow_bits=zero,
-            reconstruction=zero,
-            levels=zero,
-        )
-
-
 def test_accumulated_passes_make_the_step_of_one_large_batch(tmp_path):
-    corpus = open_corpus(small_run(tmp_path).data, tmp_path / "cache", small_run(tmp_path).corpus)
     weights, figures = [], []
-    for batch_size in (12, 4, 3, 1):
-        config = small_run(tmp_path, batch_size=batch_size, accumulate=12 // batch_size)
-        state, meter = TrainState.begin(MeanModel(), config.optimizer), Meter()
+    for size in (6, 2):
+        config = small_run(tmp_path, batch_size=6, micro_batch=size)
+        corpus = open_corpus(config.data, tmp_path / "cache", config.corpus)
+        model = random_model(0, torch.float64, vocab_size=259, width=16)
+        state, share = TrainState.begin(model, config.optimizer), Share.of(config, None)
         for _ in range(3):
-            train_step(config, state, corpus, meter)
-        weights.append(state.model.table.detach())
-        figures.append(meter.read() | {"tokens_per_second": 0})
-    for other, read in zip(weights[1:], figures[1:], strict=True):
-        torch.testing.assert_close(other, weights[0], rtol=1e-12, atol=1e-12)
-        assert read == pytest.approx(figures[0], rel=1e-12)
+            batch = corpus.batch(config.seed, state.step, range(6), 6, config.length)
+            done = train_step(config, state, share, batch, Objective(), rate=1e-3, text_bytes=corpus.text_bytes)
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+        figures.append(done.figures)
+        assert done.finite
+        assert not done.unsound.any()
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(figures[1], figures[0], rtol=1e-10, atol=1e-10)
 
 
 def test_a_run_leaves_config_metrics_checkpoints_and_the_averaged_model(tmp_path):
@@ -197,6 +179,11 @@ def test_figures_are_what_they_say(tmp_path):
             rounding = 1e-6 * line["bits_per_token"]
             assert line["bits_per_token"] - rounding <= line["bits_per_byte"] <= line["bits_per_token"] * 16 / 14
             assert 0 < line["mean_level"] < 1
+            assert sum(line["level_histogram"]) == pytest.approx(1)
+            middles = [(k + 0.5) / 10 * share for k, share in enumerate(line["level_histogram"])]
+            assert sum(middles) == pytest.approx(line["mean_level"], abs=0.05)
+            assert line["utilisation"] > 0
+            assert line["memory_bytes"] > 1e6
             assert line["learning_rate"] == learning_rate(config.optimizer, line["step"] - 1, config.steps)
         else:
             levels = line["levels"]
@@ -292,7 +279,7 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
         ({"preset": "huge"}, "unknown preset 'huge'; known are tiny"),
         ({"overrides": {"colour": 1}}, "unknown entries .*colour"),
-        ({"length": 5000}, "held-out text has .* tokens, a sequence needs 5000"),
+        ({"length": 5000}, "held_out has .* tokens, a sequence needs 5000"),
     ],
 )
 def test_bad_options_are_named(tmp_path, changes, message):
@@ -319,13 +306,15 @@ def test_bad_parts_are_named(make, message):
 
 @settings(max_examples=30)
 @given(values=st.lists(st.tuples(st.floats(-1e6, 1e6), st.booleans()), min_size=1, max_size=20))
-def test_a_meter_means_over_what_counted(values):
+def test_a_meter_sums_what_counted(values):
     meter = Meter()
     for value, counted in values:
-        meter.add(torch.tensor(counted), 1, {"x": torch.tensor(value if counted else math.nan, dtype=torch.float64)})
-    counted = [value for value, counts in values if counts]
-    expected = sum(counted) / len(counted) if counted else math.nan
-    assert meter.read()["x"] == pytest.approx(expected, nan_ok=True, rel=1e-9, abs=1e-6)
+        meter.add(torch.tensor(counted), torch.tensor([value if counted else math.nan, 1.0], dtype=torch.float64))
+    (total, steps), counted, speed = meter.read()
+    assert steps == counted == sum(counts for _, counts in values)
+    assert total == pytest.approx(sum(value for value, counts in values if counts), rel=1e-9, abs=1e-6)
+    assert speed > 0
+    assert meter.read()[:2] == ([], 0)
 
 
 def test_a_log_forgets_what_came_after_a_step_and_half_lines(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `evo train`, `evo generate`, `evo info`, `evo demo`.
+"""The command line: `evo prepare`, `evo train`, `evo generate`, `evo export`, `evo info`, `evo demo`.
 
 One file per command, each with `Options`, a dataclass whose docstrings are the help, and `run(options)`.
 """
@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from evo._version import __version__
 
 _COMMANDS = {
+    "prepare": "tokenize a file or folder of text, once for all runs",
     "train": "train a model on a file or folder of text",
     "generate": "continue a text with a trained model",
+    "export": "turn a checkpoint of a run into a model",
     "info": "sizes of the presets, and what this machine offers",
     "demo": "train on the Python standard library, compare solvers, draw the levels",
 }
@@ -39,11 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         return _fail("evo", "the command line needs tyro: pip install 'evo-lm[train]'")
     command = importlib.import_module(f"evo.cli.{name}")
-    options = tyro.cli(command.Options, prog=f"evo {name}", args=rest)
-    from evo.solvers import SolverError  # imports torch, which help and mistakes in the options need not wait for
+    # Of some options the defaults depend on others.
+    default = {"default": command.defaults(rest)} if name == "train" else {}
+    options = tyro.cli(command.Options, prog=f"evo {name}", args=rest, **default)
+    # These import torch, which help and mistakes in the options need not wait for.
+    from evo.solvers import SolverError
+    from evo.training.guard import PREEMPTED, Preempted
 
     try:
         command.run(options)
+    except Preempted as told:
+        return _fail(f"evo {name}", str(told), status=PREEMPTED)
     except KeyboardInterrupt:
         return _fail(f"evo {name}", "interrupted", status=130)
     except (ValueError, OSError, ArithmeticError, SolverError) as error:

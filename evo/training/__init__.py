@@ -1,23 +1,33 @@
 """Training: the loop and what it needs."""
 
-from evo.training.checkpoint import CheckpointError
-from evo.training.config import CorpusConfig, CurriculumConfig, EvaluationConfig, OptimizerConfig, TrainConfig
-from evo.training.data import Corpus, open_corpus
-from evo.training.loop import TrainResult, train
+from evo.training.checkpoint import Checkpointer, CheckpointError, SaveError, averaged_model
+from evo.training.config import CurriculumConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from evo.training.guard import HUNG, PREEMPTED, Preempted
+from evo.training.launch import launched
+from evo.training.loop import Trainer, TrainResult, train
 from evo.training.optimizer import Ema, adamw, learning_rate
+from evo.training.parallel import ParallelConfig
+from evo.training.recipes import RECIPES
 
 __all__ = [
+    "HUNG",
+    "PREEMPTED",
+    "RECIPES",
     "CheckpointError",
-    "Corpus",
-    "CorpusConfig",
+    "Checkpointer",
     "CurriculumConfig",
     "Ema",
     "EvaluationConfig",
     "OptimizerConfig",
+    "ParallelConfig",
+    "Preempted",
+    "SaveError",
     "TrainConfig",
     "TrainResult",
+    "Trainer",
     "adamw",
+    "averaged_model",
+    "launched",
     "learning_rate",
-    "open_corpus",
     "train",
 ]

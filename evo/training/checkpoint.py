@@ -1,173 +1,331 @@
 """Checkpoints that are written whole or not at all, and read only if every byte is as it was written.
 
-A checkpoint is a folder `step-00001234` of safetensors and JSON; nothing in it is ever executed. It is written under a
-hidden name, synced, and renamed in one move, so that a kill or a full disk at any moment leaves the one before.
+A checkpoint is a folder `step-00001234` of safetensors, one file a rank, and a JSON manifest with their checksums; nothing
+in it is ever executed. It is written under a hidden name, synced, and renamed in one move by one rank after all ranks have
+written, so that a kill or a full disk at any moment leaves the one before. Any number of ranks reads it. On more than one
+machine the folder must be on a file system that they share.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from evo.core.files import sha256, sync, write_json
-from evo.training.state import TrainState
+from evo.core import Evo, EvoConfig
+from evo.core.files import sync
+from evo.core.serialization import assemble
+from evo.training.manifest import (
+    CheckpointError,
+    FormatError,
+    Manifest,
+    checkpoints,
+    place,
+    remove,
+    remove_leftovers,
+)
+from evo.training.peers import Peers
+from evo.training.state import TrainState, unwrapped
+from evo.training.storage import Layout, Table, file_name, read, write
 
-_FORMAT = 2
+__all__ = ["CheckpointError", "Checkpointer", "SaveError", "averaged_model", "checkpoints"]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not belong to the run that reads it."""
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
-def save(folder: Path, state: TrainState, *, corpus: str, keep: int) -> Path:
-    """Write `state` to `folder`/step-…, with the fingerprint of its corpus; of all checkpoints keep the latest `keep`.
+class Checkpointer:
+    """The checkpoints of one run in `folder`, saved and restored by all ranks of the job together.
 
-    Raises `OSError` or `SafetensorError` where the disk refuses; earlier checkpoints are then untouched.
+    To be made by all ranks at once, each call to be made by all. A context manager that closes itself.
+
+    Args:
+        folder: of the checkpoints; made where it is not there.
+        keep: how many, the latest, are kept.
+        background: write while training goes on. The state is copied to memory of the CPU (each rank copies what it writes,
+            and keeps that memory), the rest happens in a thread; at most one save is under way, the next waits for it.
+        timeout: how long a rank waits for the others; None is the default of `torch.distributed`.
     """
-    target = folder / f"step-{state.step:08d}"
-    temporary = folder / f".{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_model(state.model, str(temporary / "model.safetensors"))
-        save_model(state.ema.model, str(temporary / "ema.safetensors"))
-        save_file(_moments(state), temporary / "optimizer.safetensors")
-        save_model(state.clock, str(temporary / "clock.safetensors"))
-        save_model(state.extremes, str(temporary / "extremes.safetensors"))
-        save_file(_random_states(), temporary / "random.safetensors")
-        files = sorted(temporary.iterdir())
-        facts = {
-            "format": _FORMAT,
-            "step": state.step,
-            "skipped": int(state.skipped),
-            "rejected": int(state.rejected),
-            "corpus": corpus,
-            "sha256": {file.name: sha256(file) for file in files},
-        }
-        for file in files:
-            sync(file)
-        write_json(temporary / "checkpoint.json", {"facts": facts, "sha256": _seal(facts)})
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _remove(target)
-    os.rename(temporary, target)
-    sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        _remove(old)
-    return target
 
+    def __init__(self, folder: Path, *, keep: int, background: bool = True, timeout: timedelta | None = None) -> None:
+        self.folder, self.keep, self.background = folder, keep, background
+        self._peers = Peers(timeout)
+        self._layout = Layout(self._peers)
+        self._staged: dict[str, Tensor] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._latest: Future[None] | None = None
 
-def restore(folder: Path, state: TrainState, *, corpus: str) -> None:
-    """Bring `state` to the latest whole checkpoint in `folder`; where there is none, leave it as it is.
+    def save(self, state: TrainState, *, corpus: str) -> None:
+        """Write `state` and the fingerprint of its corpus.
 
-    A damaged checkpoint is set aside with a warning and the one before it is read. Raises `CheckpointError` where all
-    are damaged (they stay where they are), where the corpus is another one, or where the model has other parameters.
-    """
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-    damaged: dict[Path, CheckpointError] = {}
-    for path in reversed(checkpoints(folder)):
-        try:
-            facts = _verified(path)
-        except CheckpointError as error:
-            damaged[path] = error
-            continue
-        if facts["format"] != _FORMAT:
-            raise CheckpointError(f"{path} has format {facts['format']}, this version of evo reads {_FORMAT}")
-        if facts["corpus"] != corpus:
+        A disk that refuses ends no training: a save that failed is a warning of the first rank (with `background` at the next
+        save), and an error of `wait`. Whatever else fails, such as a rank that is gone, raises, with `background` at the next call.
+        """
+        if self.background:
+            self._settle()
+        manifest = Manifest(
+            step=state.step,
+            skipped=int(state.skipped),
+            rejected=int(state.rejected),
+            corpus=corpus,
+            world=self._peers.count,
+            config=_config(state.model),
+            files={},
+            tensors={},
+        )
+        random = _random_states(self._peers.rank, _device(state))
+        self._stage(self._layout.share({**state.tensors(), **random}))
+        self._latest = self._writer.submit(self._write, replace(manifest, tensors=self._layout.table))
+        if not self.background:
+            self._settle()
+
+    def restore(self, state: TrainState, *, corpus: str) -> Path | None:
+        """Bring `state` to the latest whole checkpoint and return where that is; without any leave `state` as it is.
+
+        A damaged checkpoint is set aside with a warning and the one before it is read. The random states come back where as
+        many ranks read as wrote.
+
+        Raises `CheckpointError` where all are damaged (they stay where they are), where the corpus is another one, or where
+        the model has other parameters.
+        """
+        self._settle()
+        self._peers.from_first(lambda: remove_leftovers(self.folder))
+        found, damaged = _newest(self.folder, self._peers)
+        if found is None:
+            return None
+        path, manifest = found
+        if manifest.corpus != corpus:
             raise CheckpointError(
                 f"{path} was trained on other text than the data has now: restore the text, or give a new --out"
             )
-        _load(path, state)
-        state.step = facts["step"]
-        state.skipped.fill_(facts["skipped"])
-        state.rejected.fill_(facts["rejected"])
-        for other, error in damaged.items():
-            aside = other.with_name(f"damaged-{other.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            other.rename(aside)
-            warnings.warn(f"{error}; set aside as {aside.name}, going on from {path.name}", stacklevel=2)
-        return
+        self._load(path, manifest, state)
+        self._peers.from_first(lambda: _set_aside(damaged))
+        if self._peers.first:
+            for other, error in damaged.items():
+                warnings.warn(f"{error}; set aside as damaged-{other.name}, going on from {path.name}", stacklevel=2)
+        return path
+
+    def wait(self) -> None:
+        """Wait until the latest save is over. Raises `SaveError` where it failed."""
+        if self._latest is not None:
+            self._latest.result()
+
+    def close(self) -> None:
+        """Wait, and give back what saving has needed. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._peers.close()
+            self._staged.clear()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except SaveError as error:
+            # What ended the run comes first.
+            if kind is None:
+                raise
+            self._warn(error)
+
+    def _settle(self) -> None:
+        try:
+            self.wait()
+        except SaveError as error:
+            self._warn(error)
+
+    def _warn(self, error: SaveError) -> None:
+        if self._peers.first:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy `tensors` to memory that no step changes; it is kept from save to save."""
+        for name in self._staged.keys() - tensors.keys():
+            del self._staged[name]
+        for name, tensor in tensors.items():
+            held = self._staged.get(name)
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._staged[name] = held
+            held.copy_(tensor, non_blocking=True)
+        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            torch.accelerator.synchronize()
+
+    def _write(self, manifest: Manifest) -> None:
+        """All ranks write, then the first makes the checkpoint visible and drops the oldest ones."""
+        peers, target = self._peers, place(self.folder, manifest.step)
+        temporary = target.with_name(f".{target.name}")
+
+        def begin() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+        def finish(digests: list[str]) -> None:
+            files = {file_name(rank): digest for rank, digest in enumerate(digests)}
+            replace(manifest, files=files).write(temporary)
+            remove(target)
+            os.rename(temporary, target)
+            sync(self.folder)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                remove(old)
+
+        try:
+            peers.from_first(begin)
+            peers.agree(lambda: write(temporary / file_name(peers.rank), self._staged), finish)
+        except OSError as error:
+            if peers.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise SaveError(
+                f"the checkpoint of step {manifest.step} could not be written ({error}); those before it in {self.folder} stay: "
+                "make room there, or mend what the error names"
+            ) from error
+
+    def _load(self, path: Path, manifest: Manifest, state: TrainState) -> None:
+        saved = manifest.tensors
+        self._peers.agree(lambda: _needed(state), lambda needed: _check_same(path, saved, needed))
+        state.begin_moments({name: (entry.shape, entry.dtype) for name, entry in saved.items()})
+        targets = state.tensors()
+        random: dict[str, Tensor] = {}
+        if manifest.world == self._peers.count:
+            random = {
+                name: torch.empty(saved[name].shape, dtype=torch.uint8)
+                for name in _random_states(self._peers.rank, _device(state))
+                if name in saved
+            }
+        read(path, saved, {**targets, **random})
+        for name, value in random.items():
+            _set_random_state(name.rpartition("/")[2], value)
+        state.step = manifest.step
+        state.skipped.fill_(manifest.skipped)
+        state.rejected.fill_(manifest.rejected)
+
+
+def averaged_model(folder: Path, step: int | None = None) -> Evo:
+    """The averaged model, in evaluation mode, of a checkpoint in `folder`, read by this process alone: that of `step`, or the latest whole.
+
+    Nothing in `folder` is changed; a damaged checkpoint that is passed over is a warning.
+
+    Raises:
+        FileNotFoundError: where there is no such checkpoint.
+        CheckpointError: where it is damaged, or where its model was composed by hand.
+    """
+    if step is None:
+        found, damaged = _newest(folder, Peers(alone=True))
+        for error in damaged.values():
+            warnings.warn(f"{error}; passed over", stacklevel=2)
+    else:
+        path = place(folder, step)
+        found = (path, _verified(path, Peers(alone=True))) if path.exists() else None
+    if found is None:
+        there = ", ".join(path.name for path in checkpoints(folder)) or "none"
+        raise FileNotFoundError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}; it has {there}"
+        )
+    path, manifest = found
+    if manifest.config is None:
+        raise CheckpointError(
+            f"the model in {path} was composed by hand and cannot be built from its checkpoint: "
+            "compose it again, restore the checkpoint, and call save_pretrained"
+        )
+    weights = {
+        name: torch.empty(entry.shape, dtype=entry.dtype)
+        for name, entry in manifest.tensors.items()
+        if name.startswith("ema/")
+    }
+    read(path, manifest.tensors, weights)
+    return assemble(
+        EvoConfig.from_json(manifest.config), {name.removeprefix("ema/"): weight for name, weight in weights.items()}
+    )
+
+
+def _newest(folder: Path, peers: Peers) -> tuple[tuple[Path, Manifest] | None, dict[Path, CheckpointError]]:
+    """The latest checkpoint of which every byte is as it was written, and the damaged ones after it.
+
+    The ranks divide the files among them and agree. Raises `CheckpointError` where there are only damaged ones.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for path in reversed(peers.from_first(lambda: checkpoints(folder))):
+        try:
+            return (path, _verified(path, peers)), damaged
+        except FormatError:
+            raise
+        except CheckpointError as error:
+            damaged[path] = error
     if damaged:
         reasons = "; ".join(map(str, damaged.values()))
         raise CheckpointError(f"no checkpoint is whole: {reasons}. Delete {folder} to start from the beginning")
+    return None, damaged
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("step-*"))
+def _verified(path: Path, peers: Peers) -> Manifest:
+    manifest = peers.from_first(lambda: Manifest.read(path))
+    peers.agree(lambda: manifest.verify(path, peers.rank, peers.count), lambda _: None)
+    return manifest
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """What `path` says of itself, once every byte of it has been found to be as it was written."""
-    try:
-        sealed = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-        facts, seal = sealed["facts"], sealed["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'checkpoint.json'} cannot be read ({error})") from error
-    if _seal(facts) != seal:
-        raise CheckpointError(f"{path / 'checkpoint.json'} is not what was written there")
-    for name, digest in facts["sha256"].items():
-        if not (path / name).exists() or sha256(path / name) != digest:
-            raise CheckpointError(f"{path / name} is missing or not what was written there")
-    return facts
+def _set_aside(damaged: Iterable[Path]) -> None:
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
-def _seal(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _load(path: Path, state: TrainState) -> None:
-    try:
-        load_model(state.model, path / "model.safetensors")
-        load_model(state.ema.model, path / "ema.safetensors")
-        load_model(state.clock, path / "clock.safetensors")
-        load_model(state.extremes, path / "extremes.safetensors")
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} holds a model of another shape: {error}") from error
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
-        kind, _, name = key.partition("/")
-        moments.setdefault(name, {})[kind] = tensor
-    for name, parameter in state.model.named_parameters():
-        if name in moments:
-            state.optimizer.state[parameter] = {k: t.to(parameter.device) for k, t in moments[name].items()}
-    random = load_file(path / "random.safetensors")
-    torch.set_rng_state(random.pop("cpu"))
-    for device, value in random.items():
-        if torch.device(device).index < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value, device)
-
-
-def _moments(state: TrainState) -> dict[str, Tensor]:
-    """The optimizer's tensors, named kind/parameter, e.g. `exp_avg/head.weight`."""
+def _needed(state: TrainState) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what a checkpoint must have for `state`; moments are made to fit what it has."""
     return {
-        f"{kind}/{name}": tensor
-        for name, parameter in state.model.named_parameters()
-        for kind, tensor in state.optimizer.state.get(parameter, {}).items()
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in state.tensors().items()
+        if not name.startswith("optimizer/")
     }
 
 
-def _random_states() -> dict[str, Tensor]:
-    """States of the global generators, uint8, by device: for whatever draws from them between steps."""
-    cuda = {f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-    return {"cpu": torch.get_rng_state(), **cuda}
+def _check_same(path: Path, saved: Table, needed: Sequence[Mapping[str, tuple[tuple[int, ...], torch.dtype]]]) -> None:
+    """That the ranks together need what is there, and nothing else."""
+    together = {name: kind for each in needed for name, kind in each.items()}
+    there = {name: (e.shape, e.dtype) for name, e in saved.items() if not name.startswith(("optimizer/", "random/"))}
+    wrong = [
+        f"{name} is {there.get(name, 'missing')} there and {together.get(name, 'missing')} here"
+        for name in sorted(together.keys() | there.keys())
+        if together.get(name) != there.get(name)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds a model of another shape: {'; '.join(wrong[:4])}, {len(wrong)} such in all"
+        )
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint under a hidden name, so that a kill half-way leaves nothing that looks like one."""
-    if path.exists():
-        hidden = path.with_name(f".{path.name}-old")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+def _config(model: nn.Module) -> dict[str, Any] | None:
+    inner = unwrapped(model)
+    return None if not isinstance(inner, Evo) or inner.config is None else inner.config.to_json()
+
+
+def _device(state: TrainState) -> torch.device:
+    return state.skipped.device
+
+
+def _random_states(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """States of this rank's global generators, uint8: for whatever draws from them between steps."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return {f"random/{rank}/{name}": state for name, state in states.items()}
+
+
+def _set_random_state(name: str, value: Tensor) -> None:
+    if name == "cpu":
+        torch.set_rng_state(value)
+    else:
+        torch.get_device_module(name).set_rng_state(value)

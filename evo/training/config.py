@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Which text is read, and how it is split."""
-
-    suffixes: tuple[str, ...] = ()
-    """Of a folder, read only files that end so, e.g. .py .md; by default every file that is text."""
-    exclude: tuple[str, ...] = ("__pycache__", "site-packages", "dist-packages", "node_modules")
-    """Folders of these names are passed over; so is everything whose name begins with a dot."""
-    held_out: float = 0.05
-    """Share kept from training: of a folder by file (a hash of its relative path decides), of a single file its end."""
-
-    def __post_init__(self) -> None:
-        _check(0 < self.held_out < 1, "corpus.held_out", self.held_out, "a share between 0 and 1, e.g. 0.05")
+from evo.data import CorpusConfig
+from evo.training.parallel import ParallelConfig
+from evo.training.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +64,11 @@ class CurriculumConfig:
     """The same at the last step; it falls linearly."""
     window: float = 0.5
     """Share of sequences that are a random prefix as prompt and a window of random end behind it."""
+    suffix: float = 0.1
+    """Share of sequences that are a window between a random prefix and a random suffix, which it sees: a model of 0 cannot infill."""
     auxiliary: float = 1.0
     """Weight of the auxiliary cross-entropies at the first step."""
-    auxiliary_floor: float = 0.5
+    auxiliary_floor: float = 1.0
     """The same once it has fallen, after `auxiliary_share` of the run."""
     auxiliary_share: float = 0.2
     """Share of the run over which the auxiliary weight falls linearly to its floor."""
@@ -86,8 +77,15 @@ class CurriculumConfig:
     causal: float = 1.0
     """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads: it costs a third of a step, and
     the causal half learns from every token whatever its level. 0 makes that pass a noisy one that nothing is learned from."""
+    flow: float = 0.1
+    """Weight of the flow bits in what the network learns; the timestep head learns from them in full. Their gradient is far noisier than
+    that of the auxiliary cross-entropies, which have the same minimum and teach the flow."""
+    teaching: float = 0.5
+    """Share of the sequences at the head's levels from which the head learns; the others teach the network at these levels."""
     self_conditioning: float = 0.5
     """Share of sequences refined with the network's own earlier estimate, where the model takes one."""
+    parallel: float = 0.0
+    """Share of sequences sketched in parallel behind a random place, for a model that is to write with a `stride`."""
     importance: bool = True
     """Measure the flow where its integrand has been found to live, instead of evenly over the clock."""
     compare_ends: bool = True
@@ -100,8 +98,25 @@ class CurriculumConfig:
     """Price λ of the mean level in nats a token; more makes refinement rarer."""
 
     def __post_init__(self) -> None:
-        for name in ("explore", "explore_floor", "explore_alone", "window", "auxiliary_share", "self_conditioning"):
+        for name in (
+            "explore",
+            "explore_floor",
+            "explore_alone",
+            "teaching",
+            "window",
+            "suffix",
+            "auxiliary_share",
+            "self_conditioning",
+            "parallel",
+        ):
             _check(0 <= getattr(self, name) <= 1, f"curriculum.{name}", getattr(self, name), "a share in [0, 1]")
+        _check(
+            self.window + self.suffix <= 1,
+            "curriculum.window + curriculum.suffix",
+            self.window + self.suffix,
+            "shares of the same sequences, together at most 1",
+        )
+        _check(self.flow > 0, "curriculum.flow", self.flow, "a positive weight")
         _check(self.weight_cap > 0, "curriculum.weight_cap", self.weight_cap, "a positive weight")
         _check(self.level_noise >= 0, "curriculum.level_noise", self.level_noise, "0 or more")
         _check(self.level_noise_floor >= 0, "curriculum.level_noise_floor", self.level_noise_floor, "0 or more")
@@ -117,24 +132,26 @@ class EvaluationConfig:
     """Held-out sequences measured."""
     clock_values: int = 4
     """Points of the flow integral a sequence; more make the standard error smaller."""
+    batch_size: int = 16
+    """Sequences in one pass."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "sequences", "clock_values"):
+        for name in ("every", "sequences", "clock_values", "batch_size"):
             _check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a byte-level Evo on the text under --data.
+    """Train an Evo on the text under --data, byte by byte, or on tokens that `evo prepare` made.
 
     The run lives in the folder --out: config.json, metrics.jsonl, checkpoints/ and, when it is done, model/. The same
-    command continues a run that was cut off, and the result is the same to the last bit.
+    command continues a run that was cut off, and on as many ranks the result is the same to the last bit.
     """
 
     data: Path
-    """File or folder of text."""
+    """File or folder of text, or a folder made by `evo prepare`."""
     out: Path = Path("runs/evo")
-    """Folder of the run."""
+    """Folder of the run; for ranks on several machines, on a file system that they share."""
     preset: str = "tiny"
     """Size of the model; `evo info` lists them."""
     overrides: dict[str, int | float | str | bool] = field(default_factory=dict)
@@ -142,16 +159,16 @@ class TrainConfig:
     steps: int = 2000
     """Steps of the optimizer."""
     batch_size: int = 16
-    """Sequences in one pass."""
-    accumulate: int = 1
-    """Passes whose gradients make one step."""
+    """Sequences of a step, over all ranks and passes together."""
+    micro_batch: int | None = None
+    """Sequences that a rank computes in one pass; by default all of its share. The gradients of all passes make one step."""
     length: int = 256
     """Tokens of a sequence."""
     seed: int = 0
     """Everything random is a function of this seed and the step."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes an accelerator where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """bf16 is autocast; auto takes it where the hardware multiplies bf16 matrices faster."""
     log_every: int = 10
     """Steps from one line of metrics to the next."""
@@ -159,26 +176,86 @@ class TrainConfig:
     """Steps from one checkpoint to the next; the last step is always saved."""
     keep: int = 2
     """Checkpoints kept, the latest."""
+    timeout: float = 1800.0
+    """Seconds after which a job whose ranks wait for one another in vain ends, and says what each was doing."""
+    tensorboard: bool = False
+    """Write the figures for TensorBoard too, into tensorboard/."""
+    peak_tflops: float | None = None
+    """What utilisation is a share of: operations of one device, in 10^12 a second; by default the rate of a large product of matrices,
+    measured when the run begins."""
+    elastic: Literal["no", "replicate", "shard"] = "no"
+    """Which size of --parallel grows by what the others leave of a job's ranks, however many there are."""
     progress: bool = True
     """Report on standard error: a bar on a terminal, otherwise a line now and then."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _check(self.length >= 2, "length", self.length, "2 or more tokens")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
+        _check(self.timeout > 0, "timeout", self.timeout, "a positive number of seconds")
+        _check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "a positive rate")
+
+    def over(self, ranks: int) -> ParallelConfig:
+        """How the run is spread over so many ranks: `parallel`, with the size that `elastic` names grown to take all of them.
+
+        Raises:
+            ValueError: where the other sizes do not divide the number of ranks.
+        """
+        if self.elastic == "no":
+            return self.parallel
+        taken, size = self.parallel.world, getattr(self.parallel, self.elastic)
+        if ranks % taken:
+            raise ValueError(
+                f"the job has {ranks} ranks, which the sizes of --parallel, {taken} ranks together, do not divide: "
+                f"start a multiple of {taken}"
+            )
+        return replace(self.parallel, **{self.elastic: size * (ranks // taken)})
+
+    def shares(self, count: int) -> tuple[int, int]:
+        """Sequences of a step of each of `count` data-parallel ranks, and of one pass of a rank.
+
+        Raises:
+            ValueError: where they do not come out even.
+        """
+        share = self.batch_size // count
+        size = share if self.micro_batch is None else self.micro_batch
+        if self.batch_size % count or size < 1 or share % size:
+            given = "" if self.micro_batch is None else f", passes of micro_batch {size}"
+            raise ValueError(
+                f"batch_size {self.batch_size} over {count} data-parallel rank(s) is {self.batch_size / count:g} sequences each{given}: "
+                f"needed is a multiple of {count * (self.micro_batch or 1)}"
+            )
+        return share, size
 
     def to_json(self) -> dict[str, Any]:
         """The same as a tree of JSON values."""
         return {name: str(value) if isinstance(value, Path) else _listed(value) for name, value in asdict(self).items()}
 
 
-# What may change between the parts of one run without changing its weights (the device, by its rounding alone).
-_FREE = ("data", "out", "device", "log_every", "save_every", "keep", "progress")
+# What may change between the parts of one run without changing its weights (device, passes and ranks, by their rounding alone).
+_FREE = (
+    "data",
+    "out",
+    "micro_batch",
+    "device",
+    "log_every",
+    "save_every",
+    "keep",
+    "timeout",
+    "tensorboard",
+    "peak_tflops",
+    "elastic",
+    "progress",
+    "evaluation",
+    "parallel",
+)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -187,7 +264,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{name} was {flat_old.get(name)!r} and is now {flat_new.get(name)!r}"
         for name in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(name) != flat_new.get(name) and name not in _FREE and not name.startswith("evaluation.")
+        if flat_old.get(name) != flat_new.get(name) and name.partition(".")[0] not in _FREE
     ]
 
 

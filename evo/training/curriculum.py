@@ -28,7 +28,10 @@ def objective(
     fallen = min(1.0, progress / config.auxiliary_share) if config.auxiliary_share else 1.0
     return Objective(
         causal_weight=config.causal,
+        flow_weight=config.flow,
+        teaching=config.teaching,
         self_conditioning=config.self_conditioning,
+        parallel=config.parallel,
         clock=clock if config.importance else None,
         extremes=extremes if config.compare_ends else None,
         aux_weight=_between(config.auxiliary, config.auxiliary_floor, fallen),
@@ -43,18 +46,27 @@ def objective(
     )
 
 
-def windows(share: float, seed: int, step: int, count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Prompt lengths and ends of `count` sequences of `length` tokens, each (count,) int64, a function of (seed, step).
+def windows(
+    share: float, suffix_share: float, seed: int, step: int, count: int, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompt lengths, ends and suffix lengths of `count` sequences of `length` tokens, each (count,) int64, a function of (seed, step).
 
-    A `share` of them has a prompt of 1 … length − 1 tokens and a window that ends anywhere behind it, both uniform;
-    of the others the window is the whole sequence: prompt 0, end `length`.
+    A `share` of them has a prompt of 1 … length − 1 tokens and a window that ends anywhere behind it, both uniform. A `suffix_share` has
+    a prompt of 0 … length − 2 tokens, and a suffix up to the end of the sequence that begins anywhere behind the window's first token,
+    both uniform. Of the others the window is the whole sequence: prompt 0, end `length`, suffix 0.
     """
     g = generator("cpu", seed, Purpose.WINDOWS, step)
     cut, prompt, end = torch.rand(3, count, generator=g, dtype=torch.float64)
     prompts = 1 + (prompt * (length - 1)).long()
     ends = prompts + 1 + (end * (length - prompts)).long()
-    chosen = cut < share
-    return torch.where(chosen, prompts, 0), torch.where(chosen, ends, length)
+    chosen, between = cut < share, (cut >= share) & (cut < share + suffix_share)
+    before = (prompt * (length - 1)).long()
+    behind = 1 + (end * (length - 1 - before)).long()
+    return (
+        torch.where(chosen, prompts, torch.where(between, before, 0)),
+        torch.where(chosen, ends, length),
+        torch.where(between, behind, 0),
+    )
 
 
 def _between(first: float, last: float, progress: float) -> float:

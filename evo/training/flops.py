@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from evo.core import EvoConfig, Objective
+from evo.core import EvoConfig, Objective, Part
 from evo.core.sizes import one_block
 from evo.heads import LinearReadout, TiedReadout
 
@@ -103,7 +103,9 @@ class Flops:
             checkpointing: blocks are computed once more on the way back.
         """
         tokens = sequences * length
-        learners = sequences - round(objective.exploration.share * sequences)
+        batch = Part(rows=range(sequences), total=sequences, scored=sequences * length)
+        kinds = batch.kinds(objective.exploration.share)
+        learners = kinds.learners.whole
         # A level that comes from the head has a gradient, a random one has none, and the product for it is spared.
         level_back = 2 if learners else 1
         sketch, refine = length - 1 + self.bos, length + self.bos
@@ -126,7 +128,7 @@ class Flops:
             # The head's input has no gradient, which spares the first of its two layers a product.
             total += learners * length * (2 * self.head + self.head_last)
         if self.estimate:
-            guessing = round(objective.self_conditioning * sequences)
+            guessing = batch.some(objective.self_conditioning, kinds).whole
             total += guessing * (refine * self.forward(refine) + length * self._denoised)
             total += 2 * sequences * refine * self.estimate
         return total

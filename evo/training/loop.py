@@ -1,35 +1,46 @@
-"""Training in one process: a plain loop, to be read in one sitting."""
+"""Training, on one laptop core or on all ranks of a job: a plain loop, to be read in one sitting."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from evo.core import Evo, evaluate
+from evo.core import Evo, Objective, evaluate
 from evo.core.files import write_json
-from evo.text import BOS, ByteTokenizer
-from evo.training import checkpoint
-from evo.training.config import TrainConfig, differences
-from evo.training.curriculum import PATHS, objective, windows
-from evo.training.data import Corpus, open_corpus
-from evo.training.metrics import Meter, MetricsLog
-from evo.training.optimizer import learning_rate, step_if
-from evo.training.precision import autocast, pick_device
+from evo.data import Corpus, Data, Packed, load, open_corpus
+from evo.training.checkpoint import Checkpointer, averaged_model, checkpoints
+from evo.training.config import OptimizerConfig, TrainConfig, differences
+from evo.training.curriculum import PATHS, objective
+from evo.training.flops import Flops
+from evo.training.guard import Delayed, Preempted, Suspects, Termination, Watch
+from evo.training.launch import launched
+from evo.training.metrics import Meter, MetricsLog, memory_bytes
+from evo.training.optimizer import adamw, learning_rate
+from evo.training.parallel import bare, gathered, parallelize
+from evo.training.peers import Peers
+from evo.training.precision import peak_flops, pick_device, width
 from evo.training.progress import Progress
-from evo.training.seeds import Purpose, derive, generator
+from evo.training.seeds import Purpose, generator
 from evo.training.state import TrainState
+from evo.training.step import Share, report, train_step
+
+_NAMED = 4
+"""Sequences that are named where more of them spoil a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A finished run: the averaged model in evaluation mode, steps made and left out, the last held-out evaluation."""
+    """A finished run: the averaged model in evaluation mode (in shards, where it was trained in shards; `out`/model has it whole), steps
+    made and left out, the last held-out evaluation.
+    """
 
     model: Evo
     steps: int
@@ -41,151 +52,260 @@ def train(config: TrainConfig, model: Evo | None = None) -> TrainResult:
     """Train on `config.data` in the folder `config.out`, or go on where a run of the same options was cut off there.
 
     `model` is trained in place; by default one is built from the preset. The averaged weights end in `out`/model.
-    Everything random is a function of (seed, step): a run cut off anywhere, any number of times, ends with the weights
-    of a run left alone, bit for bit on the same machine and number of threads.
+    Everything random but dropout is a function of (seed, step, sequence): a run cut off anywhere, any number of times, ends with the
+    weights of a run left alone, bit for bit on the same machine and number of threads and ranks.
 
-    Raises `ValueError` where `out` holds checkpoints of other options or data, `FileNotFoundError` or `ValueError` for
-    data not there or empty, and `FloatingPointError` when loss or gradient stay non-finite.
+    Started by `torchrun`, it is one rank of the job.
+
+    Raises:
+        ValueError: where `out` holds checkpoints of other options or data, or ranks or sequences do not come out even.
+        FileNotFoundError, ValueError: for data not there or empty.
+        FloatingPointError: when loss or gradient stay non-finite, with the sequences that spoil them.
+        Preempted: (a `SystemExit` with status 75) after SIGTERM, once everything is saved.
     """
-    device = pick_device(config.device)
-    checkpoints = config.out / "checkpoints"
-    _check_same_run(config)
-    corpus = open_corpus(config.data, config.out / "data", config.corpus, progress=config.progress)
-    held_out = corpus.held_out_batch(config.evaluation.sequences, config.length)
-    if model is None:
-        torch.manual_seed(config.seed)
-        model = Evo.from_preset(config.preset, vocab_size=ByteTokenizer.vocab_size, **config.overrides)
-    state = TrainState.begin(model.to(device), config.optimizer)
-    checkpoint.restore(checkpoints, state, corpus=corpus.fingerprint)
-    write_json(config.out / "config.json", config.to_json())
-
-    log = MetricsLog(config.out / "metrics.jsonl", upto=state.step)
-    with log, Progress(state.step, config.steps, shown=config.progress) as progress:
-        if state.step:
-            progress.note(f"going on from step {state.step} of {config.steps}")
-        meter = Meter()
-        while state.step < config.steps:
-            train_step(config, state, corpus, meter)
-            progress.advance()
-            last = state.step == config.steps
-            saving = last or state.step % config.save_every == 0
-            # A line before each checkpoint makes the lines of a resumed run those of a run left alone.
-            if saving or state.step % config.log_every == 0:
-                figures = _read(config, state, meter)
-                log.write("train", state.step, **figures)
-                progress.show(state.step, figures)
-            if last or state.step % config.evaluation.every == 0:
-                log.write("evaluation", state.step, **_evaluate(config, state, held_out, progress))
-                meter.restart_clock()
-            if saving:
-                log.sync()
-                checkpoint.save(checkpoints, state, corpus=corpus.fingerprint, keep=config.keep)
-                meter.restart_clock()
-    state.ema.model.save_pretrained(config.out / "model")
-    return TrainResult(
-        model=state.ema.model,
-        steps=state.step,
-        skipped=int(state.skipped),
-        evaluation=log.latest["evaluation"],
-    )
+    with launched(config.device, config.timeout) as device:
+        return Trainer(config, model=model, device=device).run()
 
 
-def train_step(config: TrainConfig, state: TrainState, corpus: Corpus, meter: Meter) -> None:
-    """One step of the optimizer, its figures added to `meter`. Nothing here waits for the device.
+class Trainer:
+    """A run made of pieces, of which any may be one's own; `train` takes all of them as they come.
 
-    The figures are means over the tokens scored, in bits but for the loss (nats); prompts count with level 0. Made from one
-    value of the clock a sequence and a capped weight, they show how training goes and are no bound: `_evaluate` has that.
+    To be made by all ranks of a job together, in a process group that is there already (`launched` makes one).
+
+    Args:
+        config: of the run.
+        model: whole; by default built from the preset.
+        data: by default the corpus at `config.data`.
+        device: of this rank; by default that of the config.
+        optimizer: makes the optimizer of the model as it is called in training, maybe in shards. It must be one of those of torch that
+            take `found_inf` (`fused=True`), by which a step is left out without waiting for the device.
+        rate: learning rate of a step (from 0).
+        after_step: called with the trainer after every step, on every rank.
+
+    Attributes:
+        state: what a step changes; `state.model` is what is called.
+        share: which rows are this rank's.
+        log: where figures go.
     """
-    step, device = state.step, next(state.model.parameters()).device
-    count = config.accumulate * config.batch_size
-    tokens = corpus.batch(config.seed, step, count, config.length)
-    prompts, ends = windows(config.curriculum.window, config.seed, step, count, config.length)
-    asked = objective(config.curriculum, step, config.steps, state.clock, state.extremes)
-    scored = int(ends.sum())
-    in_bytes = int(((tokens < BOS) & (torch.arange(config.length) < ends[:, None])).sum())
-    torch.manual_seed(derive(config.seed, Purpose.DROPOUT, step))
-    sums: dict[str, Tensor] = {}
-    for index, part in enumerate(torch.arange(count).split(config.batch_size)):
-        with autocast(device, config.precision):
-            out = state.model(
-                tokens[part].to(device),
-                prompt_length=prompts[part].to(device),
-                lengths=ends[part].to(device),
-                path=PATHS[config.curriculum.path],
-                generator=generator(device, config.seed, Purpose.LEVELS, step, index),
-                objective=asked,
-            )
-        # The mean over all tokens scored in the step, wherever the cuts between passes fall.
-        loss = out.loss * (int(ends[part].sum()) / scored)
-        loss.backward()
-        bits = 1 / (math.log(2) * scored)
-        figures = {
-            "loss": loss,
-            "bits_per_token": out.bound.sum() * bits,
-            "sketch": out.sketch_bits.sum() * bits,
-            "flow": out.flow_bits.sum() * bits,
-            "reconstruction": out.reconstruction.sum() * bits,
-            "bits_per_byte": out.bound.sum() / (math.log(2) * max(1, in_bytes)),
-            "mean_level": out.levels.sum() / scored,
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Evo | None = None,
+        data: Data | None = None,
+        device: torch.device | None = None,
+        optimizer: Callable[[nn.Module, OptimizerConfig], torch.optim.AdamW] = adamw,
+        rate: Callable[[int], float] | None = None,
+        after_step: Sequence[Callable[[Trainer], None]] = (),
+    ) -> None:
+        self.config, self.after_step = config, after_step
+        self.rate = rate or (lambda step: learning_rate(config.optimizer, step, config.steps))
+        self.device = device = pick_device(config.device) if device is None else device
+        peers = Peers(timedelta(seconds=config.timeout))
+        self.first, self.ranks = peers.first, peers.count
+        parallel = config.over(peers.count)
+        mesh = parallel.mesh(device.type)
+        self.share = Share.of(config, mesh)
+        peers.from_first(lambda: _check_same_run(config))
+        # The first rank tokenizes what the others then find.
+        if data is None:
+            peers.from_first(lambda: _opened(config).fingerprint)
+        self.data: Data = _opened(config) if data is None else data
+        self.held_out = self.data.held_out_batch(config.evaluation.sequences, config.length)
+        if model is None:
+            torch.manual_seed(config.seed)
+            model = Evo.from_preset(config.preset, vocab_size=self.data.vocabulary, **config.overrides)
+        self.state = TrainState.begin(
+            model.to(device),
+            config.optimizer,
+            spread=lambda whole: parallelize(whole, parallel, mesh, dtype=width(device, config.precision)),
+            optimizer=optimizer,
+        )
+        self.saved = Checkpointer(config.out / "checkpoints", keep=config.keep)
+        self.saved.restore(self.state, corpus=self.data.fingerprint)
+        if self.first:
+            # Where the data were prepared before, nobody has made it yet.
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_json(config.out / "config.json", config.to_json())
+        peers.close()
+        self.log = MetricsLog(
+            config.out / "metrics.jsonl" if self.first else None,
+            self.state.step,
+            config.out / "tensorboard" if config.tensorboard else None,
+        )
+        self.watch = Watch(config.timeout)
+        self._suspects, self._meter, self._told = Suspects(config.batch_size, device), Meter(), Delayed()
+        self._skipped = int(self.state.skipped)
+        self._peak = None
+        if self.first:
+            given = config.peak_tflops
+            self._peak = peak_flops(device, config.precision) if given is None else given * 1e12
+
+    def run(self) -> TrainResult:
+        """The steps that are left, and what belongs between them. Raises as `train` does."""
+        config, state = self.config, self.state
+        progress = Progress(state.step, config.steps, shown=config.progress and self.first)
+        steps = range(state.step, config.steps)
+        batches = load(
+            self.data, config.seed, steps, self.share.rows, config.batch_size, config.length, device=self.device
+        )
+        self._meter.restart_clock()
+        with self.watch, self.log, self.saved, batches, progress, Termination() as termination:
+            if state.step:
+                progress.note(f"going on from step {state.step} of {config.steps}")
+            while state.step < config.steps:
+                ending = self.step(batches, told=termination.asked)
+                progress.advance()
+                last = state.step == config.steps
+                saving = ending or last or state.step % config.save_every == 0
+                # A line before each checkpoint makes the lines of a resumed run those of a run left alone.
+                if saving or state.step % config.log_every == 0:
+                    figures = self._read(progress)
+                    self.log.write("train", state.step, **figures)
+                    progress.show(state.step, figures)
+                if last or (state.step % config.evaluation.every == 0 and not ending):
+                    self.watch.at(f"evaluation after step {state.step}")
+                    self.log.write("evaluation", state.step, **self.evaluate(progress))
+                    self._meter.restart_clock()
+                if saving:
+                    self.watch.at(f"checkpoint of step {state.step}")
+                    self.log.sync()
+                    self.saved.save(state, corpus=self.data.fingerprint)
+                    self._meter.restart_clock()
+                if ending and not last:
+                    self.saved.wait()
+                    raise Preempted(state.step, config.steps)
+            self.watch.at("the last checkpoint")
+            self.saved.wait()
+            self.watch.at("the model")
+            self._export()
+        return TrainResult(
+            model=state.ema.model,
+            steps=state.step,
+            skipped=int(state.skipped),
+            evaluation=self.log.latest.get("evaluation", {}),
+        )
+
+    def step(self, batches: Iterator[Packed], *, told: bool = False) -> bool:
+        """One step on the next batch; whether any rank was told to end, as all of them learn one step later."""
+        state, config = self.state, self.config
+        self.watch.at(f"batch of step {state.step}")
+        done = train_step(
+            config,
+            state,
+            self.share,
+            next(batches),
+            objective(config.curriculum, state.step, config.steps, state.clock, state.extremes),
+            rate=self.rate(state.step),
+            text_bytes=self.data.text_bytes,
+            told=told,
+            at=self.watch.at,
+        )
+        self._meter.add(done.finite, done.figures)
+        self._suspects.note(state.step - 1, done.finite, done.unsound)
+        for call in self.after_step:
+            call(self)
+        return self._told.exchange(done.told) > 0
+
+    @torch.no_grad()
+    def evaluate(self, progress: Progress) -> dict[str, Any]:
+        """The bound of the averaged weights on held-out rows (S, N), in bits per byte, at levels 0, 1 and learned.
+
+        Every rank measures all rows, so that the figures do not depend on how many ranks there are.
+        """
+        config, rows = self.config, self.held_out.to(self.device)
+        in_bytes = max(1.0, self.data.text_bytes(self.held_out.tokens[self.held_out.loss_mask], held_out=True))
+        measured: dict[str, dict[str, Any]] = {}
+        # All ranks make the same passes, for which blocks can be gathered one by one.
+        with gathered(self.state.ema.model, blocks=False) as model:
+            for name, levels in (("0", 0.0), ("1", 1.0), ("learned", None)):
+                found = evaluate(
+                    model,
+                    rows.tokens,
+                    levels,
+                    documents=rows.documents,
+                    loss_mask=rows.loss_mask,
+                    progress=config.progress and self.first,
+                    path=PATHS[config.curriculum.path],
+                    clock_values=config.evaluation.clock_values,
+                    batch_size=config.evaluation.batch_size,
+                    # The same noise every time: what changes between evaluations is the model.
+                    generator=generator(self.device, config.seed, Purpose.EVALUATION),
+                )
+                measured[name] = found.bits_per(in_bytes)
+        shown = ", ".join(
+            f"{name}: {each['bits']:.3f} ± {each['standard_error']:.3f}" for name, each in measured.items()
+        )
+        progress.note(f"step {self.state.step}: held-out bits per byte at level {shown}")
+        return {"levels": measured}
+
+    def _read(self, progress: Progress) -> dict[str, Any]:
+        """The figures since the last reading. Raises `FloatingPointError` where too many steps in a row were left out."""
+        config, state = self.config, self.state
+        sums, counted, speed = self._meter.read()
+        skipped, rejected = int(state.skipped), int(state.rejected)
+        if skipped > self._skipped:
+            blamed = self._blamed()
+            self._skipped = skipped
+            self.log.write("skipped", state.step, count=skipped, latest=blamed)
+            progress.note(f"{skipped} steps were left out in all; {blamed}")
+            if rejected >= config.optimizer.patience:
+                raise FloatingPointError(
+                    f"loss or gradient has not been finite for {rejected} steps in a row, up to step {state.step}; {blamed}. "
+                    "Look at these sequences; or start a new run with a lower learning rate, or in fp32"
+                )
+        asked = objective(config.curriculum, state.step - 1, config.steps)
+        return {
+            **report(sums, counted),
+            "tokens_per_second": speed * config.batch_size * config.length,
+            "utilisation": self._utilisation(asked, speed),
+            "memory_bytes": memory_bytes(self.device),
+            "learning_rate": self.rate(state.step - 1),
+            "auxiliary_weight": asked.aux_weight,
+            "skipped": skipped,
         }
-        sums = {name: sums.get(name, 0) + value.detach() for name, value in figures.items()}
-    rate = learning_rate(config.optimizer, step, config.steps)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    norm = clip_grad_norm_(state.model.parameters(), config.optimizer.clip)
-    finite = sums["loss"].isfinite() & norm.isfinite()
-    step_if(state.optimizer, finite)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.model, step)
-    state.skipped += ~finite
-    state.rejected = torch.where(finite, 0, state.rejected + 1)
-    state.step += 1
-    meter.add(finite, count * config.length, {**sums, "gradient_norm": norm})
 
+    def _blamed(self) -> str:
+        """Which sequences spoilt the latest step that was left out."""
+        config, (step, rows) = self.config, self._suspects.read()
+        if not rows:
+            return f"in step {step} the bound of every sequence was finite, and the loss or the gradient was not"
+        named = [self.data.describe(config.seed, step, row, config.batch_size, config.length) for row in rows[:_NAMED]]
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        which = "the weights may be to blame, as every bound" if len(rows) == config.batch_size else "the bound"
+        return f"in step {step} {which} was not finite of {'; '.join(named)}{more}"
 
-def _read(config: TrainConfig, state: TrainState, meter: Meter) -> dict[str, Any]:
-    """The figures since the last reading. Raises `FloatingPointError` where too many steps in a row were left out."""
-    if int(state.rejected) >= config.optimizer.patience:
-        raise FloatingPointError(
-            f"loss or gradient has not been finite for {int(state.rejected)} steps in a row, up to step {state.step}: "
-            "start a new run with a lower learning rate, or in fp32"
+    def _utilisation(self, asked: Objective, speed: float) -> float | None:
+        """Share of what the devices of all ranks could compute at most; None for a model whose operations nobody has counted."""
+        config, made_of = self.config, bare(self.state.model).config
+        if self._peak is None or made_of is None:
+            return None
+        recomputed = config.parallel.recompute == "full"
+        work = Flops.of(made_of).training(
+            asked, sequences=config.batch_size, length=config.length, checkpointing=recomputed
         )
-    made = state.step - 1
-    return {
-        **meter.read(),
-        "learning_rate": learning_rate(config.optimizer, made, config.steps),
-        "auxiliary_weight": objective(config.curriculum, made, config.steps).aux_weight,
-        "skipped": int(state.skipped),
-    }
+        return work * speed / (self._peak * self.ranks)
+
+    def _export(self) -> None:
+        """The averaged weights, whole, to `out`/model; all ranks wait for it."""
+        model, out = bare(self.state.ema.model), self.config.out
+        if self.first:
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                model = averaged_model(out / "checkpoints", self.state.step)
+            model.save_pretrained(out / "model")
+        if self.share.mesh is not None:
+            dist.barrier()
 
 
-def _evaluate(config: TrainConfig, state: TrainState, held_out: Tensor, progress: Progress) -> dict[str, Any]:
-    """The bound of the averaged weights on held-out crops (S, N), in bits per byte, at levels 0, 1 and learned."""
-    device = next(state.model.parameters()).device
-    in_bytes = max(1, int((held_out < BOS).sum()))
-    measured: dict[str, dict[str, Any]] = {}
-    for name, levels in (("0", 0.0), ("1", 1.0), ("learned", None)):
-        found = evaluate(
-            state.ema.model,
-            held_out.to(device),
-            levels,
-            progress=config.progress,
-            path=PATHS[config.curriculum.path],
-            clock_values=config.evaluation.clock_values,
-            batch_size=config.batch_size,
-            # The same noise every time: what changes between evaluations is the model.
-            generator=generator(device, config.seed, Purpose.EVALUATION),
-        )
-        measured[name] = found.bits_per(in_bytes)
-    shown = ", ".join(f"{name}: {each['bits']:.3f} ± {each['standard_error']:.3f}" for name, each in measured.items())
-    progress.note(f"step {state.step}: held-out bits per byte at level {shown}")
-    return {"levels": measured}
+def _opened(config: TrainConfig) -> Corpus:
+    return open_corpus(config.data, config.out / "data", config.corpus, progress=config.progress)
 
 
 def _check_same_run(config: TrainConfig) -> None:
     """Raises `ValueError` where `out` has checkpoints made with options that lead to other weights."""
     known = config.out / "config.json"
-    if checkpoint.checkpoints(config.out / "checkpoints") and known.exists():
+    if checkpoints(config.out / "checkpoints") and known.exists():
         changed = differences(json.loads(known.read_text(encoding="utf-8")), config.to_json())
         if changed:
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evo.training.config import OptimizerConfig
@@ -16,18 +18,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of `model` in two groups: matrices of linear layers, decayed, and all others.
+    """AdamW over the trained parameters of `model`, whole or in shards: matrices of linear layers, decayed, and all others.
 
     Embeddings are matrices too but stay undecayed. A latent table is normalised to a fixed radius: decay would not
     shorten its vectors, only lengthen the steps they take, most of all for the rows that batches rarely meet.
     """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    alike: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
+    for parameter in trained:
+        # One call of the fused kernel takes parameters of one mesh.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        alike.setdefault((id(parameter) in matrices, mesh), []).append(parameter)
     groups = [
-        {"params": [p for p in trained if id(p) in matrices], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
+        for (decayed, _), parameters in sorted(alike.items(), key=lambda group: not group[0][0])
     ]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -50,7 +56,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class Ema(Generic[Model]):
-    """Exponential moving average of a model's parameters, held as a second model in evaluation mode."""
+    """Exponential moving average of a model's parameters, held as a second model in evaluation mode.
+
+    Make it of the whole model; where that is then spread over ranks, spread `model` alike.
+    """
 
     def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
@@ -60,4 +69,10 @@ class Ema(Generic[Model]):
     def update(self, model: Model, step: int) -> None:
         """After step `step` (from 0) of `model`: θ̄ ← d·θ̄ + (1 − d)·θ with d = min(decay, (1+step)/(10+step))."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), step)
+        average, latest = ([_own(p) for p in each.parameters()] for each in (self.model, model))
+        get_ema_multi_avg_fn(decay)(average, latest, step)
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
@@ -16,6 +17,7 @@ class Purpose(IntEnum):
     DROPOUT = 2
     WINDOWS = 3
     EVALUATION = 4
+    COMMON = 5
 
 
 def derive(seed: int, purpose: Purpose, *indices: int) -> int:
@@ -26,3 +28,10 @@ def derive(seed: int, purpose: Purpose, *indices: int) -> int:
 def generator(device: torch.device | str, seed: int, purpose: Purpose, *indices: int) -> torch.Generator:
     """A fresh `torch.Generator` on `device`, seeded by `derive`."""
     return torch.Generator(device).manual_seed(derive(seed, purpose, *indices))
+
+
+def generators(
+    device: torch.device | str, seed: int, purpose: Purpose, step: int, rows: Iterable[int]
+) -> list[torch.Generator]:
+    """One for each row of a step's batch, the same whoever holds the row and beside whom."""
+    return [generator(device, seed, purpose, step, row) for row in rows]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from evo.core import ClockDensity, Extremes
 from evo.training.config import OptimizerConfig
-from evo.training.optimizer import Ema, adamw
+from evo.training.optimizer import Ema, Model, adamw
 
 
 @dataclass(kw_only=True)
@@ -34,17 +36,75 @@ class TrainState:
     rejected: Tensor
 
     @classmethod
-    def begin(cls, model: nn.Module, config: OptimizerConfig) -> TrainState:
-        """The state before the first step; `model` is put into training mode."""
+    def begin(
+        cls,
+        model: Model,
+        config: OptimizerConfig,
+        *,
+        spread: Callable[[Model], nn.Module] = lambda whole: whole,
+        optimizer: Callable[[nn.Module, OptimizerConfig], torch.optim.AdamW] = adamw,
+    ) -> TrainState:
+        """The state before the first step; `model` is put into training mode, and it and its average are each handed to `spread`."""
         none = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-        model.train()
+        ema = Ema(model.train(), config.ema)
+        called = spread(model)
+        spread(ema.model)
         return cls(
-            model=model,
-            ema=Ema(model, config.ema),
-            optimizer=adamw(model, config),
+            model=called,
+            ema=ema,
+            optimizer=optimizer(called, config),
             clock=ClockDensity().to(none.device),
             extremes=Extremes().to(none.device),
             step=0,
             skipped=none,
             rejected=none.clone(),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors themselves, not copies, plain or `DTensor`, by names that no way of running them in parallel changes.
+
+        `model/…`, `ema/…`, `clock/…`, `extremes/…`, and `optimizer/<kind>/<parameter>` of parameters that have had a step.
+        """
+        parts = {"model": self.model, "ema": self.ema.model, "clock": self.clock, "extremes": self.extremes}
+        found = {
+            f"{part}/{_bare(name)}": tensor.detach()
+            for part, module in parts.items()
+            for name, tensor in unwrapped(module).state_dict().items()
+        }
+        for name, parameter in unwrapped(self.model).named_parameters():
+            for kind, tensor in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer/{kind}/{_bare(name)}"] = tensor
+        return found
+
+    def begin_moments(self, saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Give the optimizer zeros where a state with these names, shapes and types has something, and nothing elsewhere.
+
+        A parameter that has never had a gradient has no moments, and its first step must find it so; this is why the optimizer
+        is not stepped to make them, as `torch.distributed.checkpoint.state_dict` does.
+        """
+        kinds: dict[str, dict[str, str]] = {}
+        for key in saved:
+            if key.startswith("optimizer/"):
+                _, kind, name = key.split("/", 2)
+                kinds.setdefault(name, {})[kind] = key
+        self.optimizer.state.clear()
+        for name, parameter in unwrapped(self.model).named_parameters():
+            for kind, key in kinds.get(_bare(name), {}).items():
+                shape, dtype = saved[key]
+                # Moments lie where their parameter lies, in shards where it does; a count of steps is whole everywhere.
+                zeros = (
+                    torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                    if shape == tuple(parameter.shape)
+                    else torch.zeros(shape, dtype=dtype, device=parameter.device)
+                )
+                self.optimizer.state[parameter][kind] = zeros
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel`, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what activation checkpointing and compilation wrap around a module."""
+    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_orig_mod"))

@@ -1,0 +1,126 @@
+"""What a run watches for: samples that spoil it, and being told to end."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evo import Evo
+from evo.data import open_corpus
+from evo.training import PREEMPTED, Preempted, TrainConfig, Trainer, train
+from evo.training.checkpoint import checkpoints
+from evo.training.guard import Delayed, Suspects, Termination, Watch
+from tests.training_ranks import config
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=10))
+def test_a_delayed_number_is_that_of_the_step_before(values):
+    delayed = Delayed()
+    found = [delayed.exchange(torch.tensor(value, dtype=torch.float64)) for value in values]
+    assert found == [0.0, *values[:-1]]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 5))), max_size=10))
+def test_suspects_are_those_of_the_latest_step_that_was_left_out(steps):
+    suspects, expected = Suspects(6, torch.device("cpu")), (-1, [])
+    for step, (finite, rows) in enumerate(steps):
+        unsound = torch.zeros(6, dtype=torch.bool)
+        unsound[list(rows)] = True
+        suspects.note(step, torch.tensor(finite), unsound)
+        if not finite:
+            expected = step, sorted(rows)
+    assert suspects.read() == expected
+
+
+def test_sigterm_is_noted_and_then_means_what_it_meant():
+    before = signal.getsignal(signal.SIGTERM)
+    with Termination() as termination:
+        assert not termination.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.asked
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_a_thread_nobody_listens():
+    found = []
+
+    def work():
+        with Termination() as termination:
+            found.append(termination.asked)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_one_process_has_nobody_to_watch():
+    threads = threading.active_count()
+    with Watch(0.001) as watch:
+        watch.at("somewhere")
+        assert threading.active_count() == threads
+
+
+def small(folder, **changes) -> TrainConfig:
+    return config(folder, "run", **{"steps": 8, "overrides": {"width": 16, "depth": 1, "heads": 1}, **changes})
+
+
+def test_a_run_told_to_end_saves_leaves_with_its_status_and_goes_on(tmp_path):
+    def tell(trainer: Trainer) -> None:
+        if trainer.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match=r"told to end after step . of 8; it is saved") as told:
+        Trainer(small(tmp_path), after_step=[tell]).run()
+    assert told.value.code == PREEMPTED == 75
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")][-1] == f"step-{told.value.step:08d}"
+    assert train(small(tmp_path)).steps == 8
+
+
+def test_the_samples_that_spoil_a_step_are_named(tmp_path):
+    asked = small(tmp_path, optimizer=replace(small(tmp_path).optimizer, patience=1))
+    (asked.data / "100.txt").write_text("what no model reads: \x07 and more of it")
+    (asked.data / "101.txt").write_text("held out or not: \x07 once more")
+
+    def spoil(module, arguments, output):
+        bad = (arguments[0] == 7).any(1, keepdim=True)
+        return replace(
+            output,
+            loss=output.loss * (math.nan if bad.any() else 1),
+            sketch_bits=torch.where(bad, math.nan, output.sketch_bits),
+        )
+
+    model = Evo.from_preset("tiny", vocab_size=259, **asked.overrides)
+    model.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="for 1 steps in a row, up to step") as ended:
+        train(replace(asked, steps=200), model)
+    said = str(ended.value)
+    step = int(re.search(r"in step (\d+) the bound was not finite of row", said)[1])
+    rows = {int(row) for row in re.findall(r"row (\d+), which is document", said)}
+    corpus = open_corpus(asked.data, asked.out / "data", asked.corpus)
+    tokens = corpus.batch(asked.seed, step, range(8), 8, asked.length).tokens
+    assert rows == set((tokens == 7).any(1).nonzero().flatten().tolist())
+    named = [(int(n), int(a), int(b)) for n, a, b in re.findall(r"document (\d+) \(tokens (\d+) to (\d+)\)", said)]
+    starts = [0, *(end for ends in corpus.train.all_ends() for end in ends.tolist())]
+    assert any(7 in corpus.train.read(starts[n] + a, starts[n] + b + 1) for n, a, b in named)
+
+
+def test_every_token_is_in_its_document(tmp_path):
+    asked = small(tmp_path)
+    shards = open_corpus(asked.data, tmp_path / "cache", asked.corpus, shard_bytes=300).train
+    assert len(shards.shards) > 1
+    begin = 0
+    for number, end in enumerate(end for ends in shards.all_ends() for end in ends.tolist()):
+        assert {shards.document(place) for place in range(begin, end)} == {(number, begin)}
+        begin = end
+    with pytest.raises(IndexError):
+        shards.document(shards.tokens)
