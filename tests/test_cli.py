@@ -10,7 +10,7 @@ from evo.cli import main
 from evo.core import PRESETS, Chunk
 from evo.text import ByteTokenizer
 
-COMMANDS = ("train", "generate", "info", "demo")
+COMMANDS = ("prepare", "train", "generate", "export", "info", "demo")
 TINY = ["--overrides", "width", "16", "depth", "1", "heads", "1", "context", "64"]
 
 
@@ -155,7 +155,7 @@ def test_the_commands_are_listed(capsys):
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     for arguments, message in [
-        (["fly"], "no command 'fly'; there are train, generate, info, demo"),
+        (["fly"], "no command 'fly'; there are prepare, train, generate, export, info, demo"),
         (["train", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")], "no file or folder at"),
         (["train", "--data", str(tmp_path / "empty.txt"), "--out", str(tmp_path / "o")], "is empty"),
         (["generate", "--model", str(tmp_path / "nowhere")], "nowhere"),

@@ -13,24 +13,36 @@ from evo.training.seeds import Purpose, derive
 steps = st.integers(0, 500)
 
 
-@given(seed=steps, step=steps, count=st.integers(1, 40), length=st.integers(2, 50), share=st.floats(0, 1))
-def test_windows_are_prompts_followed_by_at_least_one_token(seed, step, count, length, share):
-    prompts, ends = windows(share, seed, step, count, length)
-    whole = (prompts == 0) & (ends == length)
-    assert ((prompts >= 1) & (prompts < ends) & (ends <= length) | whole).all()
-    assert all(
-        torch.equal(a, b) for a, b in zip(windows(share, seed, step, count, length), (prompts, ends), strict=True)
-    )
+@given(
+    seed=steps,
+    step=steps,
+    count=st.integers(1, 40),
+    length=st.integers(2, 50),
+    share=st.floats(0, 1),
+    suffix=st.floats(0, 1),
+)
+def test_windows_have_at_least_one_token(seed, step, count, length, share, suffix):
+    asked = share, suffix * (1 - share), seed, step, count, length
+    prompts, ends, suffixes = windows(*asked)
+    whole = (prompts == 0) & (ends == length) & (suffixes == 0)
+    behind_a_prompt = (prompts >= 1) & (prompts < ends) & (ends <= length) & (suffixes == 0)
+    between = (prompts >= 0) & (prompts < length - suffixes) & (suffixes >= 1) & (ends == length)
+    assert (behind_a_prompt | between | whole).all()
+    assert all(torch.equal(a, b) for a, b in zip(windows(*asked), (prompts, ends, suffixes), strict=True))
 
 
 def test_windows_fill_their_share_and_every_place():
-    prompts, ends = windows(0.25, 0, 0, 40_000, 5)
-    chosen = prompts > 0
-    assert abs(int(chosen.sum()) - 10_000) < 5 * (40_000 * 0.25 * 0.75) ** 0.5
+    prompts, ends, suffixes = windows(0.25, 0.25, 0, 0, 40_000, 5)
+    chosen, between = (prompts > 0) & (suffixes == 0), suffixes > 0
+    for share in (chosen, between):
+        assert abs(int(share.sum()) - 10_000) < 5 * (40_000 * 0.25 * 0.75) ** 0.5
     pairs = {(int(p), int(e)) for p, e in zip(prompts[chosen], ends[chosen], strict=True)}
     assert pairs == {(p, e) for p in range(1, 5) for e in range(p + 1, 6)}
-    assert not (windows(0.0, 0, 0, 100, 5)[0] > 0).any()
-    assert (windows(1.0, 0, 0, 100, 5)[0] > 0).all()
+    pairs = {(int(p), int(s)) for p, s in zip(prompts[between], suffixes[between], strict=True)}
+    assert pairs == {(p, s) for p in range(4) for s in range(1, 5 - p)}
+    assert not any((each > 0).any() for each in windows(0.0, 0.0, 0, 0, 100, 5)[::2])
+    assert (windows(1.0, 0.0, 0, 0, 100, 5)[0] > 0).all()
+    assert (windows(0.0, 1.0, 0, 0, 100, 5)[2] > 0).all()
 
 
 def test_the_objective_anneals():
@@ -51,7 +63,9 @@ def test_the_objective_anneals():
     assert [asked[k].exploration.noise for k in (0, 50, 100)] == pytest.approx([2.0, 1.5, 1.0])
     assert [one.exploration.share for one in asked[:40]] == [1.0] * 40
     assert [asked[k].exploration.share for k in (40, 50, 100)] == pytest.approx([0.22, 0.2, 0.1])
-    assert objective(CurriculumConfig(auxiliary_share=0.0), 0, 10).aux_weight == 0.5
+    assert objective(CurriculumConfig(auxiliary_share=0.0, auxiliary_floor=0.5), 0, 10).aux_weight == 0.5
+    given = objective(CurriculumConfig(flow=0.3, teaching=0.7), 0, 10)
+    assert (given.flow_weight, given.teaching) == (0.3, 0.7)
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 from evo import Evo
 from evo.cli import main
+from evo.cli.train import Options, defaults
+from evo.training import Checkpointer, OptimizerConfig
+from evo.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -27,8 +31,10 @@ COMMANDS = sorted(
 )
 # What is added to a command so that it is done in seconds.
 LESS = {
+    "prepare": "",
     "train": "--steps 2 --batch-size 2 --length 16 --overrides depth 1 --evaluation.sequences 2",
     "generate": "--max-new-tokens 4",
+    "export": "",
     "info": "",
 }
 
@@ -49,10 +55,13 @@ def test_the_code_in_documents_runs(document, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with what the commands of the documents find: the model that a demo leaves, and a reader's own texts."""
+    """A folder with what the commands of the documents find: the model that a demo leaves, a run, and a reader's own texts."""
     place = tmp_path_factory.mktemp("workplace")
     torch.manual_seed(0)
-    Evo.from_preset("tiny", vocab_size=259, depth=1).save_pretrained(place / "demo" / "model")
+    model = Evo.from_preset("tiny", vocab_size=259, depth=1)
+    model.save_pretrained(place / "demo" / "model")
+    with Checkpointer(place / "runs" / "done" / "checkpoints", keep=1) as checkpointer:
+        checkpointer.save(TrainState.begin(model, OptimizerConfig()), corpus="text")
     texts = place / "my" / "texts"
     texts.mkdir(parents=True)
     for index in range(8):
@@ -69,6 +78,12 @@ def test_the_commands_in_documents_run(line, workplace, monkeypatch):
     program, *arguments = shlex.split(line, comments=True)
     if program == "make":
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+        return
+    if program == "torchrun":
+        module = arguments.index("-m")
+        assert arguments[module + 1] == "evo.training"
+        options = arguments[module + 2 :]
+        assert tyro.cli(Options, args=options, default=defaults(options)).out.parts[0] == "runs"
         return
     assert Path(program).name == "evo", f"no way to try {line!r} here: teach this test one"
     monkeypatch.chdir(workplace)

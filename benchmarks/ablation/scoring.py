@@ -91,6 +91,7 @@ def write(
         lengths=torch.full_like(answer[:, 0], answer.shape[1]),
         levels=torch.cat(levels),
         nfe=nfe,
+        accepted=None,
         trajectory=None,
     )
 

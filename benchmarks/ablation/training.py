@@ -23,7 +23,7 @@ from benchmarks.ablation.sizes import Size
 from benchmarks.ablation.variants import Phase, Variant
 from evo import Evo
 from evo.core.files import write_json
-from evo.training import CurriculumConfig, checkpoint, learning_rate
+from evo.training import Checkpointer, CurriculumConfig, learning_rate
 from evo.training.curriculum import PATHS, objective
 from evo.training.optimizer import step_if
 from evo.training.precision import autocast
@@ -111,8 +111,9 @@ def _phase(plan: Plan, index: int, phase: Phase, model: Evo, steps: int) -> Trai
     state = TrainState.begin(model, plan.size.optimizer())
     folder = None if plan.checkpoints is None else plan.checkpoints / f"phase-{index}"
     notes = _Notes()
-    if folder is not None:
-        checkpoint.restore(folder, state, corpus=plan.description)
+    checkpoints = None if folder is None else Checkpointer(folder, keep=1)
+    if folder is not None and checkpoints is not None:
+        checkpoints.restore(state, corpus=plan.description)
         notes = _Notes.upto(folder, state.step)
     counted, logged = _spread(steps, COUNTED), _spread(steps, 50)
     begun = saved = time.perf_counter()
@@ -124,7 +125,7 @@ def _phase(plan: Plan, index: int, phase: Phase, model: Evo, steps: int) -> Trai
         disable=None if plan.progress else True,
         leave=False,
     )
-    with bar:
+    with bar, nullcontext() if checkpoints is None else checkpoints:
         while state.step < steps:
             step, counting = state.step, counter() if state.step in counted else None
             with nullcontext() if counting is None else counting:
@@ -135,10 +136,14 @@ def _phase(plan: Plan, index: int, phase: Phase, model: Evo, steps: int) -> Trai
                 notes.losses.append([step, loss.item()])
             bar.update()
             now = time.perf_counter()
-            if folder is not None and (now - saved > plan.save_seconds or state.step == steps):
+            if (
+                folder is not None
+                and checkpoints is not None
+                and (now - saved > plan.save_seconds or state.step == steps)
+            ):
                 notes.seconds, begun, saved = notes.seconds + now - begun, now, now
                 notes.write(folder)
-                checkpoint.save(folder, state, corpus=plan.description, keep=1)
+                checkpoints.save(state, corpus=plan.description)
     notes.seconds += time.perf_counter() - begun
     return Trained(
         model=state.ema.model,
@@ -180,6 +185,7 @@ def train_step(plan: Plan, phase: Phase, index: int, state: TrainState, steps: i
     seed = derive(plan.seed, Purpose.DATA, index) if index else plan.seed
     tokens = data.batch(seed, state.step, plan.batch_size).to(device)
     answer = (torch.arange(data.length, device=device) >= data.prompt_length).expand(tokens.shape)
+    asked = objective(plan.curriculum, state.step, steps, state.clock, state.extremes)
     with autocast(device, "bf16" if device.type == "cuda" else "fp32"):
         out = state.model(
             tokens,
@@ -188,8 +194,9 @@ def train_step(plan: Plan, phase: Phase, index: int, state: TrainState, steps: i
             prompt_length=data.prompt_length,
             path=PATHS[plan.curriculum.path],
             generator=generator(device, seed, Purpose.LEVELS, state.step),
-            objective=objective(plan.curriculum, state.step, steps, state.clock, state.extremes),
+            objective=asked,
         )
+    asked.observe(out.observed)
     out.loss.backward()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(optimizer, state.step, steps)

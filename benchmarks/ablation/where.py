@@ -23,7 +23,8 @@ from benchmarks.ablation.subjects import Subject, subjects
 from benchmarks.ablation.tasks import TASKS
 from benchmarks.ablation.where_report import write_report
 from evo import Evo
-from evo.core.bound import Sketch, learned_levels, standard_normal
+from evo.core.bound import Sketch, learned_levels
+from evo.core.chance import Chance
 from evo.core.contract import as_batch
 from evo.training.seeds import Purpose, generator
 
@@ -54,7 +55,7 @@ def chosen(model: Evo, data: Data, seed: int) -> Chosen:
     parts = []
     for tokens in data.test.to(device).split(CHUNK):
         batch = as_batch(model, tokens, data.prompt_length)
-        noise = standard_normal((*tokens.shape, model.latent_space.dim), model.bos, source)
+        noise = Chance(source, len(tokens)).normal(tokens.shape[1], model.latent_space.dim, like=model.bos)
         levels = learned_levels(model, batch, noise)
         seen = Sketch(model, batch, levels, noise).context_log_probs
         clean = model.context_logits(tokens).log_softmax(-1)

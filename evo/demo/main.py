@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from evo.core import Evo, Generation, evaluate
 from evo.core.files import write_json
+from evo.data import Corpus, CorpusConfig, open_corpus
 from evo.demo.config import DemoConfig
 from evo.demo.page import write_page
 from evo.demo.picture import draw_levels
@@ -27,13 +28,10 @@ from evo.schedules import early_stop
 from evo.solvers import Euler, Exponential, Heun, Solver, TorchDiffEq
 from evo.text import BOS, EOS, ByteTokenizer
 from evo.training import (
-    Corpus,
-    CorpusConfig,
     CurriculumConfig,
     EvaluationConfig,
     OptimizerConfig,
     TrainConfig,
-    open_corpus,
     train,
 )
 from evo.training.precision import pick_device
@@ -132,19 +130,20 @@ def seconds_per_step(preset: str, device: torch.device, warm_up: int = 2, timed:
 
 def measure_bound(model: Evo, corpus: Corpus, config: DemoConfig) -> dict[str, dict[str, Any]]:
     """The held-out bound at each kind of level, in bits per byte."""
-    tokens = corpus.held_out_batch(config.sequences, LENGTH)
+    held_out = corpus.held_out_batch(config.sequences, LENGTH)
     measured = {}
     for name, levels in (("t = 0", 0.0), ("t = 1/2", 0.5), ("t = 1", 1.0), ("learned t", None)):
         found = evaluate(
             model,
-            tokens,
+            held_out.tokens,
             levels,
+            documents=held_out.documents,
             path=PATH,
             snap=1 / MAX_STEPS,
             generator=torch.Generator().manual_seed(config.seed),
             description=f"bound at {name}",
         )
-        measured[name] = found.bits_per(int((tokens < BOS).sum()))
+        measured[name] = found.bits_per(corpus.held_out.text_bytes(held_out.tokens))
     return measured
 
 
@@ -176,7 +175,8 @@ def functions(corpus: Corpus, count: int, length: int) -> Tensor:
         ValueError: for held-out text of no more than P bytes.
     """
     # Between files stand BOS and EOS; here a new line does as well.
-    text = np.where(corpus.held_out < BOS, corpus.held_out, ord("\n")).astype(np.uint8).tobytes()
+    ids = corpus.held_out.read(0, corpus.held_out.tokens)
+    text = np.where(ids < BOS, ids, ord("\n")).astype(np.uint8).tobytes()
     ends = [match.end() for match in re.finditer(rb"\n *def [^\n]*:\n", text) if match.end() >= length]
     ends = ends or list(range(length, len(text), length))
     if not ends:
