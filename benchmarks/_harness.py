@@ -96,7 +96,7 @@ def compare(
             pair[which] = _time((first, second)[which], repeats[which], device)
         times.append(pair)
     ratios = [a / b for a, b in times]
-    tenths = statistics.quantiles(ratios, n=10)
+    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
     medians = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
     return Comparison(*medians, ratio=statistics.median(ratios), low=tenths[0], high=tenths[-1])
 

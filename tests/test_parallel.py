@@ -240,6 +240,7 @@ class TestRanks:
     def test_four_ranks_in_a_hybrid_train_as_one_process_with_accumulated_gradients(self, folder):
         run_ranks(four_ranks, 4, folder)
 
+    @pytest.mark.slow
     def test_a_rank_that_fails_is_heard(self, tmp_path):
         with pytest.raises(RankError, match=r"(?s)rank-1.*one of us is wrong"):
             run_ranks(one_fails, 2, tmp_path)

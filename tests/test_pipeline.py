@@ -266,6 +266,7 @@ def test_two_stages_are_one_process(folder):
     run_ranks(two_ranks, 2, folder)
 
 
+@pytest.mark.slow
 def test_stages_of_any_depth_and_in_any_company(folder):
     run_ranks(four_ranks, 4, folder)
 

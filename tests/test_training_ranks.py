@@ -95,6 +95,7 @@ def killed(folder, name, step):
     assert_like_one_process(folder, name)
 
 
+@pytest.mark.slow
 def test_when_a_rank_is_killed_the_job_ends_and_its_checkpoint_is_whole(folder):
     killed(folder, "killed", 12)
 
@@ -105,6 +106,7 @@ def test_ranks_killed_at_random_steps(folder):
         killed(folder, f"killed {kill}", random.randint(1, STEPS - 1))
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_where_the_others_wait(tmp_path, capfd):
     with pytest.raises(RankError) as ended:
         run_ranks(standing_still, 2, tmp_path, timeout=120.0)
