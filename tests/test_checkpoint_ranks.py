@@ -19,6 +19,9 @@ from evo.training.state import TrainState
 from tests.checkpoint_cases import OPTIMIZER, small_evo
 from tests.ranks import run_ranks
 
+# Four processes; `test_training_ranks` has two of them, which one process goes on from, among the quick tests.
+pytestmark = pytest.mark.slow
+
 HALF, ALL = 5, 10
 TOKENS = torch.randint(0, 5, (4, 12), generator=torch.Generator().manual_seed(7))
 
@@ -215,7 +218,6 @@ def test_one_process_and_four_go_on_where_the_other_was(written):
         assert_one_process_goes_on(folder, name, alone)
 
 
-@pytest.mark.slow
 def test_two_go_on_where_one_or_four_were_and_one_where_two_were(written):
     folder, alone = written
     run_ranks(two_ranks, 2, folder, timeout=400)

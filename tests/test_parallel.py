@@ -237,6 +237,7 @@ class TestRanks:
     def test_two_ranks_train_as_one_process_and_generate_each_at_its_own_pace(self, folder):
         run_ranks(two_ranks, 2, folder)
 
+    @pytest.mark.slow
     def test_four_ranks_in_a_hybrid_train_as_one_process_with_accumulated_gradients(self, folder):
         run_ranks(four_ranks, 4, folder)
 
