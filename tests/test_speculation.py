@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
 from unittest import mock
 
 import pytest
@@ -16,6 +14,7 @@ from scipy.stats import chi2
 from evo.core import Cache, Speculation
 from evo.heads import FixedTimestep, NucleusPrior
 from tests.conftest import generator, random_model
+from tests.writing_cases import assert_freed, assert_survives_nan
 
 MODEL = random_model()
 SELF_CONDITIONED = random_model(self_conditioning=True)
@@ -226,36 +225,17 @@ def test_a_stream_hands_out_round_by_round_what_generate_writes(seed, how, stop)
 
 
 def test_letting_go_of_a_stream_frees_its_cache():
-    made = []
-    create = Cache.__init__
-
-    def creating(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    with mock.patch.object(Cache, "__init__", creating):
-        chunks = MODEL.stream(prompt_of(0), 20, speculation=Speculation(), generator=generator(0))
-        next(chunks)
-        assert any(cache() is not None for cache in made)
-        chunks.close()
-    gc.collect()
-    assert made
-    assert all(cache() is None for cache in made)
+    assert_freed(lambda: MODEL.stream(prompt_of(0), 20, speculation=Speculation(), generator=generator(0)))
 
 
 @pytest.mark.parametrize("how", [Speculation(), Speculation(steps=2), Speculation(causal=True)])
 def test_nan_weights_fail_and_leave_the_model_usable(how):
     model = random_model()
-    options = {"speculation": how}
-    expected = model.generate(prompt_of(0), 8, generator=generator(0), **options).tokens
-    kept = model.backbone.blocks[1].attention.v.weight.detach().clone()
-    with torch.no_grad():
-        model.backbone.blocks[1].attention.v.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite logits while speculating"):
-        model.generate(prompt_of(0), 8, generator=generator(0), **options)
-    with torch.no_grad():
-        model.backbone.blocks[1].attention.v.weight.copy_(kept)
-    assert torch.equal(model.generate(prompt_of(0), 8, generator=generator(0), **options).tokens, expected)
+    assert_survives_nan(
+        model,
+        lambda: model.generate(prompt_of(0), 8, generator=generator(0), speculation=how).tokens,
+        "NaN or infinite logits while speculating",
+    )
 
 
 @pytest.mark.parametrize(

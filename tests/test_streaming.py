@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import weakref
 from unittest import mock
 
 import pytest
@@ -13,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evo.core import Chunk
-from evo.core.cache import Cache
 from evo.heads import FixedTimestep
 from tests.conftest import generator, random_model
+from tests.writing_cases import caches
 
 MODEL = random_model()
 V = MODEL.latent_space.vocab_size
@@ -95,16 +94,9 @@ def test_nothing_is_done_before_the_first_chunk_is_asked_for():
 @pytest.mark.parametrize("level", [0.0, 0.8])
 def test_a_stream_that_has_ended_holds_no_memory(how, level):
     model = random_model()
-    made: list[weakref.ref] = []
-    create = Cache.__init__
-
-    def creating(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
     gc.collect()
     before = tensors()
-    with mock.patch.object(Cache, "__init__", creating):
+    with caches() as made:
         gc.disable()  # what is freed is freed at once, not when somebody sweeps
         try:
             options = {"timestep_head": FixedTimestep(level), "window": 2, "stop": [5], "max_steps": 2}

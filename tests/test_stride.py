@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from unittest import mock
 
 import pytest
@@ -16,6 +14,7 @@ from evo.core.draws import Draws
 from evo.heads import FixedTimestep, NucleusPrior
 from evo.schedules import LinearVP, VarianceExploding, early_stop, late_start, step_counts
 from tests.conftest import generator, random_model
+from tests.writing_cases import assert_freed, assert_survives_nan
 
 MODEL = random_model()
 DETACHED = random_model(bos="detached")
@@ -277,36 +276,17 @@ def test_the_noise_of_waiting_places_is_not_that_of_their_tokens():
 
 
 def test_letting_go_of_a_stream_frees_its_cache():
-    made = []
-    create = Cache.__init__
-
-    def creating(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    with mock.patch.object(Cache, "__init__", creating):
-        chunks = MODEL.stream(prompt_of(0), 20, stride=4, timestep_head=FixedTimestep(0), generator=generator(0))
-        next(chunks)
-        assert any(cache() is not None for cache in made)
-        chunks.close()
-    gc.collect()
-    assert made
-    assert all(cache() is None for cache in made)
+    options = {"stride": 4, "timestep_head": FixedTimestep(0)}
+    assert_freed(lambda: MODEL.stream(prompt_of(0), 20, **options, generator=generator(0)))
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_nan_weights_fail_and_leave_the_model_usable(level):
     model = random_model()
     options = {"stride": 3, "timestep_head": FixedTimestep(level), "max_steps": 2}
-    expected = model.generate(prompt_of(0), 6, generator=generator(0), **options).tokens
-    kept = model.backbone.blocks[1].attention.v.weight.detach().clone()
-    with torch.no_grad():
-        model.backbone.blocks[1].attention.v.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        model.generate(prompt_of(0), 6, generator=generator(0), **options)
-    with torch.no_grad():
-        model.backbone.blocks[1].attention.v.weight.copy_(kept)
-    assert torch.equal(model.generate(prompt_of(0), 6, generator=generator(0), **options).tokens, expected)
+    assert_survives_nan(
+        model, lambda: model.generate(prompt_of(0), 6, generator=generator(0), **options).tokens, "NaN or infinite"
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ def evaluate(
 ) -> Evaluation:
     """The bound per token of sequences, in nats, with its standard error.
 
+    How many passes a batch needs depends on its tokens: ranks that share the weights of a model must give the same sequences, or put the
+    weights together before (`evo.training.parallel.gathered`).
+
     Args:
         model: dropout is off for the duration, whatever mode it is in.
         tokens: ids (S, N), cut into batches of `batch_size`, or an iterable of (B, N) batches.
