@@ -23,7 +23,7 @@ def caches() -> Iterator[list[weakref.ref[Cache]]]:
     create = Cache.__init__
 
     def creating(self: Cache, *args: object, **options: object) -> None:
-        create(self, *args, **options)  # pyright: ignore[reportArgumentType]
+        create(self, *args, **options)
         made.append(weakref.ref(self))
 
     with mock.patch.object(Cache, "__init__", creating):
