@@ -41,7 +41,7 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides:
         model.readout.linear.weight.normal_(std=0.3)
         if model.readout.bias is not None:
             model.readout.bias.normal_(std=0.3)
-        model.timestep_head.outer.weight.normal_(std=1.0)
+        model.timestep_head.outer.weight.normal_(std=1.0 / model.timestep_head.gain)
         model.backbone.own_role.normal_(std=0.5)
     return model.to(dtype).eval()
 

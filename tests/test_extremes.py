@@ -94,7 +94,7 @@ def test_training_tells_what_the_head_costs_beyond_each_end(causal, price):
         model.timestep_head.outer.bias.zero_()
     tokens = torch.randint(0, model.latent_space.vocab_size, (1, 6), generator=generator(0)).expand(64, 6)
     extremes = Extremes(decay=0.999)
-    explore = Exploration(share=0.5, noise=0.0)
+    explore = Exploration(share=0.5, noise=0.0, masked=0.25)
     objective = Objective(
         causal_weight=causal, level_price=price, extremes=extremes, weight_cap=1e9, exploration=explore
     )
@@ -121,8 +121,19 @@ def test_the_head_moves_to_the_better_end(zero, one, slope):
         for given in (extremes, None)
     ]
     (gradient,) = torch.autograd.grad(losses[0] - losses[1], model.timestep_head.outer.bias)
-    # The mean over tokens of d logit / d bias is 1, so the slope itself arrives.
-    assert gradient.item() == pytest.approx(slope, rel=1e-4, abs=1e-4)
+    # The mean over tokens of d logit / d bias is the gain of the head.
+    assert gradient.item() == pytest.approx(slope * model.timestep_head.gain, rel=1e-4, abs=1e-3)
+
+
+@given(zero=st.floats(-5, 5), one=st.floats(-5, 5), bias=st.floats(-60, 15))
+def test_a_level_is_pushed_until_it_has_arrived_and_back_from_anywhere(zero, one, bias):
+    """However sure a head is of one end, the other, once it is better, has its full slope."""
+    logit = torch.tensor(bias, requires_grad=True)
+    extremes = seen(zero, one)
+    extremes.push(logit.sigmoid()).backward()
+    slope = extremes.slope().item()
+    arrived = slope * bias <= -9.2 * abs(slope)
+    assert logit.grad.item() == pytest.approx(0.0 if arrived else slope, rel=2e-2)
 
 
 @pytest.mark.parametrize("options", [{"decay": 1.0}, {"gain": -1.0}, {"doubt": -0.1}])

@@ -237,12 +237,15 @@ def test_training_is_deterministic_in_its_generator():
     assert torch.equal(losses[0], losses[1])
 
 
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 40))
-def test_random_levels_are_levels_of_every_kind(seed, batch):
-    levels = random_levels(range(batch), 50, Chance(generator(seed), batch), torch.zeros(()))
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 40), share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+def test_random_levels_are_levels_of_every_kind(seed, batch, share):
+    levels, masked = random_levels(range(batch), 50, share, Chance(generator(seed), batch), torch.zeros(()))
     assert levels.shape == (batch, 50)
     assert ((levels >= 0) & (levels <= 1)).all()
-    if batch >= 16:
+    assert ((levels[masked] == 0) | (levels[masked] == 1)).all()
+    assert abs(masked.sum().item() - share * batch) < 1 + math.log2(1 + batch), "evenly spread"
+    levels = levels[~masked]
+    if len(levels) >= 16:
         constant = (levels == levels[:, :1]).all(1)
         changes = (levels[:, 1:] != levels[:, :-1]).double().mean(1)
         assert constant.any()
@@ -250,6 +253,34 @@ def test_random_levels_are_levels_of_every_kind(seed, batch):
         assert ((changes > 0) & (changes < 0.4)).any()
         assert (levels == 0).any()
         assert (levels == 1).any()
+
+
+@given(seed=st.integers(0, 10**6), weight=st.sampled_from([0.1, 1.0]))
+def test_a_masked_sequence_is_coded_in_one_step_from_what_is_known_of_it(seed, weight):
+    """By the causal half where a token is known, by the flow where it is not, which sees all that is known and pure noise."""
+    model = random_model().train()
+    tokens = tokens_of(seed)
+    objective = replace(PLAIN, flow_weight=weight, exploration=Exploration(share=1.0, masked=1.0))
+    refine, seen = model.refine, []
+
+    def recorded(*state: torch.Tensor, **rest: object) -> torch.Tensor:
+        seen.append((state, refine(*state, **rest)))
+        return seen[-1][1]
+
+    model.refine = recorded
+    out = model(tokens, generator=generator(seed), objective=objective)
+    unknown = out.levels == 1
+    assert ((out.levels == 0) | unknown).all()
+    assert (out.sketch_bits[unknown].abs() < 1e-10).all()
+    assert (out.flow_bits[~unknown] == 0).all()
+    assert (out.reconstruction == 0).all()
+    torch.testing.assert_close(out.loss, (out.sketch_bits + weight * out.flow_bits).mean())
+    (latents, level), hidden = seen[-1]
+    assert torch.equal(level, out.levels)
+    embeddings = model.latent_space.weight
+    assert torch.equal(latents[~unknown], embeddings[tokens][~unknown])
+    said = F.cross_entropy(model.readout(hidden, embeddings).transpose(1, 2), tokens, reduction="none")
+    torch.testing.assert_close(out.flow_bits[unknown], said[unknown], rtol=0, atol=1e-10)
 
 
 @given(levels=st.lists(st.floats(0, 1), min_size=1, max_size=20))

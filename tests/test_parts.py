@@ -123,10 +123,10 @@ class TestDenoiser:
 
 
 class TestTimesteps:
-    @given(seed=SEEDS, level=st.floats(0.01, 0.99))
-    def test_the_learned_head_starts_where_it_is_told(self, seed, level):
+    @given(seed=SEEDS, level=st.floats(0.01, 0.99), gain=st.floats(0.5, 20))
+    def test_the_learned_head_starts_where_it_is_told(self, seed, level, gain):
         hidden, logits = torch.randn(2, 3, 8, generator=generator(seed)), torch.randn(2, 3, 5)
-        levels = TimestepHead(8, initial_level=level)(hidden, logits)
+        levels = TimestepHead(8, initial_level=level, gain=gain)(hidden, logits)
         torch.testing.assert_close(levels, torch.full((2, 3), level))
 
     @given(seed=SEEDS, scale=st.floats(0, 50))
@@ -151,11 +151,12 @@ class TestTimesteps:
         [
             lambda: FixedTimestep(1.5),
             lambda: TimestepHead(4, initial_level=1),
+            lambda: TimestepHead(4, gain=0.0),
             lambda: EntropyTimestep(low=0.9, high=0.1),
         ],
     )
     def test_levels_that_are_none_are_refused(self, make):
-        with pytest.raises(ValueError, match=r"1\.5|is 1;|low 0\.9"):
+        with pytest.raises(ValueError, match=r"1\.5|is 1;|gain is 0|low 0\.9"):
             make()
 
 

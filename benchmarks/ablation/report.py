@@ -77,7 +77,7 @@ def rendered(folder: Path, name: str) -> str:
     unit = "bits an answer token" if planning else "bits a byte"
     header = ["task", "size", *(["examples"] if planning else []), "tokens", "variant", "seeds"]
     if planning:
-        header += ["accuracy", "at t ≡ 0", "at t ≡ 1"]
+        header += ["accuracy", "at t ≡ 0", "at t ≡ 1", "the surest first"]
     written = any("samples" in row for row in rows)
     header += [f"bound, {unit}", "at t ≡ 0", "at t ≡ ½", "at t ≡ 1", "mean t"]
     if written:
@@ -87,7 +87,8 @@ def rendered(folder: Path, name: str) -> str:
     for (task, size, examples, budget, variant), group in sorted(grouped(rows, kind).items()):
         line: list[object] = [task, size, *([examples] if planning else []), _short(budget), variant, len(group)]
         if planning:
-            line += [over_seeds(row["accuracy"][at]["accuracy"] for row in group) for at in ("own", "0", "1")]
+            written_at = ("own", "0", "1", "1, surest first")
+            line += [over_seeds(row["accuracy"][at]["accuracy"] for row in group) for at in written_at]
         line += [over_seeds(row["bound"][at]["bits"] for row in group) for at in ("own", "0", "0.5", "1")]
         line.append(over_seeds((row["bound"]["own"]["mean_level"] for row in group), 2))
         if written:

@@ -22,6 +22,7 @@ from evo.training.seeds import Purpose, generator
 
 LEVELS: dict[str, float | None] = {"own": None, "0": 0.0, "0.5": 0.5, "1": 1.0}
 WRITTEN_AT: dict[str, float | None] = {"own": None, "0": 0.0, "1": 1.0}
+SURE = 0.9  # the probability from which a token is final where the surest are written first
 CHUNK = 256
 
 
@@ -56,6 +57,7 @@ def write(
     plan: Path,
     level: float | None = None,
     max_steps: int = 20,
+    fidelity: float | None = None,
     solver: Solver | None = None,
     prior: Callable[..., Tensor] | None = None,
     seed: int = 0,
@@ -78,6 +80,7 @@ def write(
             timestep_head=None if level is None else FixedTimestep(level),
             prior=prior,
             max_steps=max_steps,
+            fidelity=fidelity,
             temperature=0.0,
             generator=source,
         )

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# The logit at which a level counts as arrived: 1e-4 from its end.
+_ARRIVED = 9.2
+
 
 class Extremes(nn.Module):
     """What the head's levels cost beyond level 0, and beyond level 1, as training goes on; and the way to an end that is better.
@@ -60,6 +63,16 @@ class Extremes(nn.Module):
         mean, error = self.beyond()
         to_zero, to_one = torch.nan_to_num(mean - self.doubt * error, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
         return self.gain * torch.where(to_zero >= to_one, to_zero, -to_one)
+
+    def push(self, levels: Tensor) -> Tensor:
+        """What a loss sums so that levels (...) of a head move to the end that is better, with gradient: nats, of their shape.
+
+        It is a slope in the logit. A level that has arrived at the end it moves to is left alone. One at the other end, from which the
+        bound has next to no gradient left in the logit, has all of it here.
+        """
+        number, slope = torch.finfo(levels.dtype), self.slope().to(levels.dtype)
+        logit = levels.clamp(number.tiny, 1 - number.eps).logit()
+        return torch.where(slope * logit > -slope.abs() * _ARRIVED, slope * logit, 0.0)
 
     figures = 6
     """How many sums `tally` gives."""

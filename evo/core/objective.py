@@ -118,7 +118,8 @@ class Output:
     Attributes:
         loss: scalar, the mean over scored tokens of the bound and what the objective adds to it. Of a part of a batch: its share in that
             mean over the whole batch, so that losses and gradients of all parts add up (they are summed, not averaged).
-        sketch_bits, flow_bits, reconstruction: the three parts of the bound.
+        sketch_bits, flow_bits, reconstruction: the three parts of the bound. Of a sequence that is masked (`Exploration.masked`), the
+            flow bits are CE(p(·|z), x) at its levels, and nothing is left to be reconstructed.
         levels: (B, N) the levels used.
         observed: (O,) float64 without gradient, what `Objective.observe` learns from; O depends on the objective alone, and figures of
             all parts of a batch add up to those of the batch. None where the objective learns nothing, and in evaluation.
@@ -169,9 +170,10 @@ def training_step(
     spoken = cross_entropy(sketch.context_log_probs, batch.tokens, smoothing) if smoothing else causal
     if refined:
         share = objective.self_conditioning
+        values = (part.strata(noise) + chance.shared(noise)) % 1
         found = sketch.flow_bits(
             path,
-            (part.strata(noise) + chance.shared(noise)) % 1,
+            values if chosen is None else torch.where(chosen.masked, 0.0, values),
             chance,
             density=objective.clock,
             weight_cap=objective.weight_cap,
@@ -180,11 +182,15 @@ def training_step(
         )
         flow = found.bits
         reconstruction = sketch.reconstruction(chance, network=False)
+        said = found.denoised.log_probs
         # Weighted by how much each half has to say of a token; the levels are not to be learned from the weights.
-        own = cross_entropy(found.denoised.log_probs, batch.tokens, smoothing)
-        spoken = torch.lerp(spoken, own, sketch.levels.detach())
+        spoken = torch.lerp(spoken, cross_entropy(said, batch.tokens, smoothing), sketch.levels.detach())
         if chosen is not None:
             spoken[chosen.teachers.rows(spoken.device)] = 0.0
+            # A masked sequence is decoded from where it was sketched, in one step: as good a code as one that falls first.
+            at_once = chosen.masked.unsqueeze(1)
+            flow = torch.where(at_once, cross_entropy(said, batch.tokens) * sketch.live, flow)
+            reconstruction = torch.where(at_once, 0.0, reconstruction)
 
     bound = bits + flow + reconstruction
     loss = ((bits + objective.flow_weight * flow + reconstruction) * scored).sum() / count
@@ -213,9 +219,8 @@ def training_step(
             learners = chosen.kinds.learners
             if learners.whole:
                 # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
-                logits = (chosen.head.logit(eps=1e-4) * free[learners.rows(free.device)]).sum()
-                mean = logits / count * (part.total / learners.whole)
-                loss = loss + objective.extremes.slope().to(loss.dtype) * mean
+                pushed = (objective.extremes.push(chosen.head) * free[learners.rows(free.device)]).sum()
+                loss = loss + pushed / count * (part.total / learners.whole)
     return Output(
         loss=loss,
         sketch_bits=bits,
@@ -231,6 +236,7 @@ class Chosen(NamedTuple):
 
     Attributes:
         levels: (B, N), random ones of the explorers, those of the head with noise of the learners.
+        masked: bool (B,), the explorers whose tokens are known or not at all, and stay so.
         head: what the head itself says of the learners, (learners, N).
         kinds: which sequences are which.
         teachers: those of the learners whose levels have a gradient.
@@ -238,6 +244,7 @@ class Chosen(NamedTuple):
     """
 
     levels: Tensor
+    masked: Tensor
     head: Tensor
     kinds: Kinds
     teachers: Subset
@@ -260,7 +267,7 @@ def training_levels(
     to be sketched in parallel is so in that pass too.
     """
     learners, device = kinds.learners, noise.device
-    explored = random_levels(kinds.ranks, batch.tokens.shape[1], chance, noise)
+    explored, masked = random_levels(kinds.ranks, batch.tokens.shape[1], objective.exploration.masked, chance, noise)
     # Drawn for all, so that no sequence's later numbers depend on which of the two it is.
     logistic = chance.uniform(batch.tokens.shape[1], like=noise)
     rows, causal = learners.rows(device), None
@@ -277,14 +284,15 @@ def training_levels(
         hidden, logits = (each[: len(learners.places)] for each in (first.hidden, first.context_logits))
     teachers = kinds.teachers(objective.teaching)
     if not learners.whole:
-        return Chosen(explored, explored[rows], kinds, teachers, causal)
+        return Chosen(explored, masked, explored[rows], kinds, teachers, causal)
     head = model.timestep_head(hidden, logits)
-    levels = explored.clone()
+    levels, masked = explored.clone(), masked.clone()
+    masked[rows] = False
     levels[rows] = with_logistic_noise(head, objective.exploration.noise, logistic[rows]).to(levels.dtype)
     # Every part asks its head for a gradient, be it of nothing: ranks with other sequences do.
     taught = torch.zeros(len(levels), 1, dtype=torch.bool, device=device)
     taught[teachers.rows(device)] = True
-    return Chosen(torch.where(taught, levels, levels.detach()), head, kinds, teachers, causal)
+    return Chosen(torch.where(taught, levels, levels.detach()), masked, head, kinds, teachers, causal)
 
 
 def _waiting(batch: Batch, noise: Tensor, parallel: Subset, chance: Chance) -> Waiting:
@@ -306,7 +314,7 @@ def _compared(extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, ch
 
     def constant(level: int) -> tuple[Tensor, Tensor]:
         alike = ((levels[explorers] == level) | ~free[explorers]).all(1, keepdim=True)
-        return cost[explorers], free[explorers] & alike
+        return cost[explorers], free[explorers] & alike & ~chosen.masked[explorers, None]
 
     zero = constant(0) if chosen.causal is None else (chosen.causal[learners], free[learners])
     return extremes.tally((cost[learners], free[learners]), zero, constant(1))

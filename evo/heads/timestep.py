@@ -15,28 +15,38 @@ from torch import Tensor, nn
 class TimestepHead(nn.Module):
     """The learned progression time: a two-layer MLP with GELU and a sigmoid (paper, appendix 7.1).
 
+    An optimizer such as Adam moves every weight by about its rate whatever the size of the gradient, and a level that is to become 0 or 1
+    has a long way to go in its logit. So the logit is `gain` times what the MLP gives.
+
     Args:
         width: W of the hidden states.
         hidden: of the MLP; None is width // 4.
         initial_level: the level every token gets before training, in (0, 1).
+        gain: of the logit, above 0; 1 is the plain MLP.
     """
 
-    def __init__(self, width: int, hidden: int | None = None, initial_level: float = 0.5) -> None:
+    def __init__(self, width: int, hidden: int | None = None, initial_level: float = 0.5, gain: float = 10.0) -> None:
         super().__init__()
         if not 0 < initial_level < 1:
             raise ValueError(
                 f"initial_level is {initial_level}; a sigmoid reaches only levels strictly between 0 and 1"
             )
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain is {gain}; it must be finite and above 0")
+        self.gain = float(gain)
         hidden = max(1, width // 4) if hidden is None else hidden
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, 1)
         nn.init.zeros_(self.outer.weight)
-        nn.init.constant_(self.outer.bias, math.log(initial_level / (1 - initial_level)))
+        nn.init.constant_(self.outer.bias, math.log(initial_level / (1 - initial_level)) / gain)
 
     def forward(self, hidden: Tensor, context_logits: Tensor) -> Tensor:
         """(..., W), (..., V) -> levels (...) in [0, 1], float32 or wider."""
         logit = self.outer(F.gelu(self.inner(hidden.to(self.inner.weight.dtype)))).squeeze(-1)
-        return logit.to(context_logits.dtype).sigmoid()
+        return (self.gain * logit.to(context_logits.dtype)).sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"gain={self.gain:g}"
 
 
 class FixedTimestep(nn.Module):

@@ -50,10 +50,13 @@ class CurriculumConfig:
 
     path: Literal["early_stop", "late_start", "full"] = "early_stop"
     """How levels fall from where a token is sketched to 0, in training and in evaluation."""
-    explore: float = 0.5
-    """Share of sequences whose levels are random at the first step; the others take the levels of the timestep head."""
-    explore_floor: float = 0.2
-    """The same at the last step; it falls linearly."""
+    explore: float = 0.8
+    """Share of sequences whose levels are random at the first step; the others take the levels of the timestep head. It is from the random
+    ones that the flow learns, whatever the head chooses."""
+    explore_floor: float = 0.8
+    """The same at the last step; in between it changes linearly."""
+    masked: float = 0.7
+    """Of the sequences with random levels, the share whose tokens are each known or not at all; the others have levels of all kinds."""
     # Of an untrained model a timestep head learns that the flow, whose weight is capped, is cheap; it goes to level 1, where
     # the gradient in the level is nearly nothing but noise, and stays there.
     explore_alone: float = 0.2
@@ -74,7 +77,7 @@ class CurriculumConfig:
     """Share of the run over which the auxiliary weight falls linearly to its floor."""
     label_smoothing: float = 0.1
     """Of the auxiliary cross-entropies alone; the bound is never smoothed."""
-    causal: float = 1.0
+    causal: float = 3.0
     """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads: it costs a third of a step, and
     the causal half learns from every token whatever its level. 0 makes that pass a noisy one that nothing is learned from."""
     flow: float = 0.1
@@ -102,6 +105,7 @@ class CurriculumConfig:
             "explore",
             "explore_floor",
             "explore_alone",
+            "masked",
             "teaching",
             "window",
             "suffix",

@@ -42,6 +42,7 @@ def objective(
         exploration=Exploration(
             share=1.0 if progress < config.explore_alone else _between(config.explore, config.explore_floor, progress),
             noise=_between(config.level_noise, config.level_noise_floor, progress),
+            masked=config.masked,
         ),
     )
 

@@ -26,6 +26,7 @@ TASKS: Mapping[str, Task] = {
     "addition-3": Addition(digits=3),
     "addition-6": Addition(digits=6),
     "parity-8": ReversedParities(bits=8),
+    "parity-10": ReversedParities(bits=10),
     "parity-12": ReversedParities(bits=12),
     "parity-16": ReversedParities(bits=16),
     "parity-16-forward": ReversedParities(bits=16, forward=True),
