@@ -77,9 +77,10 @@ class CurriculumConfig:
     """Share of the run over which the auxiliary weight falls linearly to its floor."""
     label_smoothing: float = 0.1
     """Of the auxiliary cross-entropies alone; the bound is never smoothed."""
-    causal: float = 3.0
+    causal: float = 10.0
     """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads: it costs a third of a step, and
-    the causal half learns from every token whatever its level. 0 makes that pass a noisy one that nothing is learned from."""
+    the causal half learns from every token whatever its level. Much, since an optimizer that divides by the size of the whole gradient
+    would else move the causal half less than on its own. 0 makes that pass a noisy one that nothing is learned from."""
     flow: float = 0.1
     """Weight of the flow bits in what the network learns; the timestep head learns from them in full. Their gradient is far noisier than
     that of the auxiliary cross-entropies, which have the same minimum and teach the flow."""
