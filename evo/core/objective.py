@@ -55,7 +55,7 @@ class Objective:
 
     causal_weight: float = 0.0
     aux_weight: float = 1.0
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.0
     flow_weight: float = 1.0
     teaching: float = 1.0
     entropy_weight: float = 0.01

@@ -75,7 +75,7 @@ class CurriculumConfig:
     """The same once it has fallen, after `auxiliary_share` of the run."""
     auxiliary_share: float = 0.2
     """Share of the run over which the auxiliary weight falls linearly to its floor."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.0
     """Of the auxiliary cross-entropies alone; the bound is never smoothed."""
     causal: float = 10.0
     """Weight of the causal cross-entropy of a clean first pass, which the timestep head then reads: it costs a third of a step, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from evo.training.config import OptimizerConfig, TrainConfig
+from evo.training.config import CurriculumConfig, OptimizerConfig, TrainConfig
 
 _LARGE = ("L", "XL", "H")
 _TOKENS = 3.4e12
@@ -36,6 +36,7 @@ def paper(data: Path, preset: str = "S") -> TrainConfig:
         precision="bf16",
         save_every=1000,
         optimizer=OptimizerConfig(learning_rate=1.5e-4 if large else 2e-4, warmup=3000),
+        curriculum=CurriculumConfig(label_smoothing=0.1),
     )
 
 
