@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks._harness import table
 from benchmarks.ablation.run import Places
+from benchmarks.ablation.scoring import SUREST_FIRST, WRITTEN_AT
 from evo.core.files import write_text
 
 Result = Mapping[str, Any]
@@ -87,8 +88,8 @@ def rendered(folder: Path, name: str) -> str:
     for (task, size, examples, budget, variant), group in sorted(grouped(rows, kind).items()):
         line: list[object] = [task, size, *([examples] if planning else []), _short(budget), variant, len(group)]
         if planning:
-            written_at = ("own", "0", "1", "1, surest first")
-            line += [over_seeds(row["accuracy"][at]["accuracy"] for row in group) for at in written_at]
+            for at in (*WRITTEN_AT, SUREST_FIRST):
+                line.append(over_seeds(row["accuracy"][at]["accuracy"] for row in group))
         line += [over_seeds(row["bound"][at]["bits"] for row in group) for at in ("own", "0", "0.5", "1")]
         line.append(over_seeds((row["bound"]["own"]["mean_level"] for row in group), 2))
         if written:

@@ -16,7 +16,7 @@ import torch
 from benchmarks._harness import describe_machine
 from benchmarks.ablation.data import Data
 from benchmarks.ablation.samples import sampled
-from benchmarks.ablation.scoring import SURE, WRITTEN_AT, accuracy, bound
+from benchmarks.ablation.scoring import SURE, SUREST_FIRST, WRITTEN_AT, accuracy, bound
 from benchmarks.ablation.sizes import SIZES
 from benchmarks.ablation.training import Plan, Trained, build, fit
 from benchmarks.ablation.variants import VARIANTS
@@ -143,9 +143,7 @@ def run(
         result["accuracy"] = {
             name: accuracy(model, data, plan=path, level=level, seed=row.seed) for name, level in WRITTEN_AT.items()
         }
-        result["accuracy"]["1, surest first"] = accuracy(
-            model, data, plan=path, level=1.0, fidelity=SURE, seed=row.seed
-        )
+        result["accuracy"][SUREST_FIRST] = accuracy(model, data, plan=path, level=1.0, fidelity=SURE, seed=row.seed)
     if judge is not None:
         reader = trained_model(judge, data, device, places=places, progress=progress)
         result["samples"] = sampled(model, data, path, reader, count=row.samples, seed=row.seed)

@@ -22,7 +22,8 @@ from evo.training.seeds import Purpose, generator
 
 LEVELS: dict[str, float | None] = {"own": None, "0": 0.0, "0.5": 0.5, "1": 1.0}
 WRITTEN_AT: dict[str, float | None] = {"own": None, "0": 0.0, "1": 1.0}
-SURE = 0.9  # the probability from which a token is final where the surest are written first
+SUREST_FIRST = "1, surest first"
+SURE = 0.9  # the probability from which a token is final there
 CHUNK = 256
 
 

@@ -182,14 +182,15 @@ def training_step(
         )
         flow = found.bits
         reconstruction = sketch.reconstruction(chance, network=False)
-        said = found.denoised.log_probs
+        said = cross_entropy(found.denoised.log_probs, batch.tokens)
+        smoothed = cross_entropy(found.denoised.log_probs, batch.tokens, smoothing) if smoothing else said
         # Weighted by how much each half has to say of a token; the levels are not to be learned from the weights.
-        spoken = torch.lerp(spoken, cross_entropy(said, batch.tokens, smoothing), sketch.levels.detach())
+        spoken = torch.lerp(spoken, smoothed, sketch.levels.detach())
         if chosen is not None:
             spoken[chosen.teachers.rows(spoken.device)] = 0.0
             # A masked sequence is decoded from where it was sketched, in one step: as good a code as one that falls first.
             at_once = chosen.masked.unsqueeze(1)
-            flow = torch.where(at_once, cross_entropy(said, batch.tokens) * sketch.live, flow)
+            flow = torch.where(at_once, said * sketch.live, flow)
             reconstruction = torch.where(at_once, 0.0, reconstruction)
 
     bound = bits + flow + reconstruction
@@ -286,8 +287,7 @@ def training_levels(
     if not learners.whole:
         return Chosen(explored, masked, explored[rows], kinds, teachers, causal)
     head = model.timestep_head(hidden, logits)
-    levels, masked = explored.clone(), masked.clone()
-    masked[rows] = False
+    levels, masked[rows] = explored.clone(), False
     levels[rows] = with_logistic_noise(head, objective.exploration.noise, logistic[rows]).to(levels.dtype)
     # Every part asks its head for a gradient, be it of nothing: ranks with other sequences do.
     taught = torch.zeros(len(levels), 1, dtype=torch.bool, device=device)
