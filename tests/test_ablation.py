@@ -148,11 +148,12 @@ def test_every_variant_learns_and_writes(name):
     variant = VARIANTS[name]
     plan = plan_of(small(variant=name, task="parity-8"), PARITY, CPU)
     model = build(plan)
-    if variant.phases[-1].prepare is not None:
-        variant.phases[-1].prepare(model)
+    phase = variant.phases[-1]
+    if phase.prepare is not None:
+        phase.prepare(model)
     state = TrainState.begin(model, plan.size.optimizer())
     before = {key: value.clone() for key, value in model.named_parameters()}
-    loss = train_step(plan, variant.phases[-1], 0, state, 10)
+    loss = train_step(plan.of(phase), phase, 0, state, 10)
     assert loss.isfinite()
     moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
     frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
@@ -162,6 +163,33 @@ def test_every_variant_learns_and_writes(name):
     assert tokens.shape == PARITY.test.shape
     assert torch.equal(tokens[:, : PARITY.prompt_length], PARITY.test[:, : PARITY.prompt_length])
     assert ((written.levels >= 0) & (written.levels <= 1)).all()
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_what_variants_share_begins_with_the_same_weights(name):
+    """Another first latent alone changes what a short run comes to by more than most variants do."""
+    model, plain = (build(plan_of(small(variant=each), PARITY, CPU)) for each in (name, "learned"))
+    found, expected = model.state_dict(), plain.state_dict()
+    # A readout of another kind has entries of these names too.
+    shared = {key for key in found.keys() & expected.keys() if found[key].shape == expected[key].shape}
+    assert {"bos", "latent_space.directions"} <= shared
+    assert all(torch.equal(found[key], expected[key]) for key in shared)
+
+
+def test_held_out_examples_teach_the_head_and_nothing_else():
+    row = small(variant="held-out", task="parity-8", budget=20 * 64)
+    plan = plan_of(row, PARITY, CPU, progress=False)
+    first, last = VARIANTS["held-out"].phases
+    seen, apart = plan.of(first).data.train, plan.of(last).data.train
+    assert torch.equal(torch.cat([seen, apart]), PARITY.train)
+    assert len(apart) == 1
+    whole = fit(plan)
+    alone = fit(replace(plan, variant=replace(plan.variant, phases=(first, replace(last, share=0.05)))))
+    learned, before = whole.model.state_dict(), alone.model.state_dict()
+    assert {key for key in learned if not torch.equal(learned[key], before[key])} <= {
+        f"timestep_head.{name}" for name in ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
+    }
+    assert not torch.equal(learned["timestep_head.outer.bias"], before["timestep_head.outer.bias"])
 
 
 def test_two_modules_share_nothing_but_the_embeddings_and_cached_equals_uncached():

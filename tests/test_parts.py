@@ -21,7 +21,8 @@ from evo.heads import (
     TimestepHead,
 )
 from evo.schedules import Cosine
-from tests.conftest import generator
+from evo.testing.strategies import schedules
+from tests.conftest import generator, random_model
 
 SEEDS = st.integers(0, 10**6)
 
@@ -45,6 +46,36 @@ class TestLatentSpace:
         noise = torch.randn(64, 32, generator=generator(seed))
         alignment = torch.nn.functional.cosine_similarity(directions, noise, dim=-1)
         assert alignment.mean().abs() < 6 / (64 * 32) ** 0.5
+
+    @given(seed=SEEDS, schedule=schedules(), level=st.floats(0, 1), factor=st.floats(-0.5, 0.5))
+    def test_no_multiple_of_a_latent_is_nearer_to_the_clean_one_than_what_is_expected(
+        self, seed, schedule, level, factor
+    ):
+        """On average over noise, whose square is as long as the latent has dimensions."""
+        space, schedule = space_of(seed), schedule.double()
+        t = torch.tensor([level], dtype=torch.float64).clamp(min=schedule.t_min)
+        share = space.expected(torch.ones(1, space.dim, dtype=torch.float64), t, schedule)[0, 0]
+        signal, noise = schedule.signal(t), schedule.noise(t)
+
+        def distance(multiple):
+            return space.radius**2 * (1 - multiple * signal).square() + space.dim * (multiple * noise).square()
+
+        assert distance(share + factor) >= distance(share) - 1e-12
+
+    @given(seed=SEEDS, schedule=schedules())
+    def test_a_realised_token_is_what_is_expected_of_it(self, seed, schedule):
+        space, schedule = space_of(seed), schedule.double()
+        level = torch.full((11,), 0.99 * schedule.t_min, dtype=torch.float64)
+        assert torch.equal(space.expected(space.weight, level, schedule), space.weight)
+
+    @given(seed=SEEDS)
+    def test_a_network_sees_nothing_of_pure_noise(self, seed):
+        model = random_model(seed=seed)
+        one, other = torch.randn(2, 1, 5, model.latent_space.dim, generator=generator(seed), dtype=torch.float64)
+        level = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+        other = torch.where(level.unsqueeze(-1) > 0, other, one)
+        assert torch.equal(model.refine(one, level), model.refine(other, level))
+        assert torch.equal(model.sketch(one, level), model.sketch(other, level))
 
     @given(seed=SEEDS)
     def test_embedding_is_a_row_of_the_table(self, seed):

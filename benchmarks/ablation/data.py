@@ -5,7 +5,7 @@ S sequences, N tokens, P prompt tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,11 @@ class Data:
         if self.spelling is None:
             return None
         return int(torch.tensor([len(entry) for entry in self.spelling])[self.test].sum())
+
+    def parted(self, share: float) -> tuple[Data, Data]:
+        """The same but for the last `share` of what is trained on, and the same with that alone."""
+        count = len(self.train) - max(1, round(share * len(self.train)))
+        return replace(self, train=self.train[:count]), replace(self, train=self.train[count:])
 
     def batch(self, seed: int, step: int, count: int) -> Tensor:
         """Sequences drawn at random, (count, N): a function of its arguments."""

@@ -38,6 +38,16 @@ def over_seeds(values: Iterable[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else mean
 
 
+def paired(group: Iterable[Result], others: Iterable[Result], figure: Callable[[Result], float]) -> str:
+    """Mean difference of a figure ± its standard error, seed by seed: rows of one seed begin with the same weights and batches."""
+    of = {row["row"]["seed"]: figure(row) for row in others}
+    found = [figure(row) - of[row["row"]["seed"]] for row in group if row["row"]["seed"] in of]
+    if not found:
+        return "–"
+    mean = f"{statistics.mean(found):+.3f}"
+    return f"{mean} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}" if len(found) > 1 else mean
+
+
 def grouped(
     rows: Iterable[Result], key: Callable[[Mapping[str, Any]], tuple[Any, ...]]
 ) -> dict[tuple[Any, ...], list[Result]]:
@@ -103,7 +113,27 @@ def rendered(folder: Path, name: str) -> str:
         line.append(f"{statistics.mean(row['training']['seconds'] for row in group) / 60:.1f}")
         line.append(" / ".join(sorted({row["machine"]["device"] for row in group})))
         lines.append(line)
-    return "\n".join(["# " + name, "", table(header, lines), "", *commands(rows)])
+    return "\n".join(["# " + name, "", table(header, lines), "", *_differences(rows, unit), *commands(rows)])
+
+
+def _differences(rows: list[dict[str, Any]], unit: str) -> list[str]:
+    """What each kind of row has beyond rows at a fixed level that are otherwise like it, as a section of a page."""
+    groups, lines = grouped(rows, kind), []
+    for key, group in sorted(groups.items()):
+        for fixed in ("t0", "t1"):
+            label = group[0]["row"]["label"]
+            other = groups.get((*key[:-1], f"{fixed} ({label})" if label else fixed))
+            if other is None or group[0]["row"]["variant"] in ("t0", "t1"):
+                continue
+            line = [*named(key), fixed, len({r["row"]["seed"] for r in group} & {r["row"]["seed"] for r in other})]
+            if "accuracy" in group[0]:
+                line.append(paired(group, other, lambda row: row["accuracy"]["own"]["accuracy"]))
+            lines.append([*line, paired(group, other, lambda row: row["bound"]["own"]["bits"])])
+    if not lines:
+        return []
+    figures = ["accuracy", unit] if "accuracy" in rows[0] else [unit]
+    header = ["task", "size", "examples", "tokens", "variant", "less", "pairs", *figures]
+    return ["Differences, seed by seed (mean ± standard error):", "", table(header, lines), ""]
 
 
 def plot(folder: Path, name: str, target: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,9 @@ from evo.training.state import TrainState
 
 # Steps of a phase whose operations are counted; the objective changes as a run goes on, so one would not do.
 COUNTED = 8
+
+# Share of the examples that a phase which trains on held-out ones has for itself.
+HELD_OUT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,13 @@ class Plan:
     def batch_size(self) -> int:
         return max(1, round(self.size.step_tokens / self.data.length))
 
+    def of(self, phase: Phase) -> Plan:
+        """The plan of one phase: with the examples that it has of those there are, and with its own curriculum."""
+        data = self.data
+        if any(each.held_out for each in self.variant.phases):
+            data = data.parted(HELD_OUT)[phase.held_out]
+        return replace(self, data=data, curriculum=replace(self.curriculum, **phase.curriculum))
+
 
 def build(plan: Plan) -> Evo:
     """The untrained model of a plan, on its device."""
@@ -93,7 +103,8 @@ def fit(plan: Plan) -> Trained:
     model, budget_steps = build(plan), max(1, plan.budget // (plan.batch_size * plan.data.length))
     trained: list[Trained] = []
     for index, phase in enumerate(plan.variant.phases):
-        trained.append(_phase(plan, index, phase, model, max(1, round(phase.share * budget_steps))))
+        steps = max(1, round(phase.share * budget_steps))
+        trained.append(_phase(plan.of(phase), index, phase, model, steps))
         model.load_state_dict(trained[-1].model.state_dict())
     return Trained(
         model=trained[-1].model,

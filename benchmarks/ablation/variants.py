@@ -6,13 +6,13 @@ A variant says which model is built and which levels it trains at. In evaluation
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from benchmarks.ablation.parts import OwnReadout, TwoModules, WithoutTime
 from evo import Evo, EvoConfig
-from evo.heads import EntropyTimestep, FixedTimestep
+from evo.heads import EntropyTimestep, FixedTimestep, TimestepHead
 from evo.schedules import InformationUniform, Learned
 
 
@@ -24,11 +24,15 @@ class Phase:
         share: of the budget.
         levels: that training is at; None explores around those of the head.
         prepare: what is done to the model before, such as freezing.
+        curriculum: entries of the row's curriculum that are others in this phase.
+        held_out: trained on examples that the other phases never see, a tenth of all.
     """
 
     share: float = 1.0
     levels: float | None = None
     prepare: Callable[[Evo], None] | None = None
+    curriculum: Mapping[str, float] = field(default_factory=dict)
+    held_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class Variant:
 
 
 def with_parts(base: Evo, **other: nn.Module) -> Evo:
-    """A model of the parts of `base`, some of them exchanged."""
+    """A model of the parts of `base`, some of them exchanged; what they share begins with the same weights."""
     parts: dict[str, nn.Module] = {
         "latent_space": base.latent_space,
         "backbone": base.backbone,
@@ -55,7 +59,9 @@ def with_parts(base: Evo, **other: nn.Module) -> Evo:
         "timestep_head": base.timestep_head,
         "readout": base.readout,
     }
-    return Evo(**{**parts, **other})  # pyright: ignore[reportArgumentType]
+    model = Evo(**{**parts, **other})  # pyright: ignore[reportArgumentType]
+    model.bos = base.bos
+    return model
 
 
 def fixed(value: float) -> Variant:
@@ -72,6 +78,15 @@ def freeze_autoregression(model: Evo) -> None:
     for part in (model.latent_space, model.backbone.embed, model.backbone.blocks, model.backbone.norm):
         part.requires_grad_(False)
     model.bos.requires_grad_(False)
+
+
+def head_alone(model: Evo) -> None:
+    """Keep everything but the timestep head as it is, and let that begin anew, at level 1/2."""
+    model.requires_grad_(False)
+    assert isinstance(model.timestep_head, TimestepHead)
+    model.timestep_head.requires_grad_(True)
+    for parameter in model.timestep_head.outer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _without_time(config: EvoConfig) -> Evo:
@@ -111,6 +126,18 @@ VARIANTS: Mapping[str, Variant] = {
     "frozen": Variant(
         about="the same, then the autoregressive backbone frozen",
         phases=(AUTOREGRESSION_FIRST, Phase(share=0.5, prepare=freeze_autoregression)),
+    ),
+    "held-out": Variant(
+        about="the levels learned on examples held out of all other training",
+        phases=(
+            Phase(share=0.9),
+            Phase(
+                share=0.1,
+                prepare=head_alone,
+                curriculum={"explore": 0.5, "explore_floor": 0.5, "explore_alone": 0.0, "masked": 0.0, "teaching": 1.0},
+                held_out=True,
+            ),
+        ),
     ),
     "self-conditioned": Variant(
         about="self-conditioning", build=lambda config: replace(config, self_conditioning=True).build()

@@ -68,6 +68,17 @@ class Embeddings(nn.Module, ABC):
         """
         return evidence_query(latents, level, schedule) @ evidence_table(self.weight).to(latents.dtype).T
 
+    def expected(self, latents: Tensor, level: Tensor, schedule: Schedule) -> Tensor:
+        """The best linear estimate of the clean latents behind noisy ones: (..., D) at levels (...) -> (..., D).
+
+        It is s a² z / (s² a² + n²) with a² = radius² / D, the variance of an entry in each dimension: nothing of pure noise, and all of
+        a realised token, below `schedule.t_min`.
+        """
+        noisy, level = level >= schedule.t_min, level.clamp(min=schedule.t_min)
+        signal, noise, power = schedule.signal(level), schedule.noise(level), self.radius**2 / self.dim
+        share = torch.where(noisy, power * signal / (power * signal.square() + noise.square()), 1.0)
+        return latents * share.unsqueeze(-1).to(latents.dtype)
+
     def nearest(self, latents: Tensor) -> Tensor:
         """The entry whose embedding is nearest to each latent: (..., D) -> (...) ids."""
         weight = self.weight.to(latents.dtype)

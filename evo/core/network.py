@@ -5,6 +5,8 @@ B batch, N tokens, V vocabulary, D latent dimension, W width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,7 +104,7 @@ class Network(nn.Module):
             mask = Causal()
             if documents is not None:
                 mask, positions = documents.mask(mask), documents.positions[:, :-1]
-            hidden = self.backbone(gathered(latents, rows), gathered(level, rows), mask=mask, positions=positions)
+            hidden = self.hidden_states(gathered(latents, rows), gathered(level, rows), mask=mask, positions=positions)
             if self.bos_slots:
                 return gathered(hidden, order.speakers)
             return gathered(torch.cat([self.first_hidden(len(latents)), hidden], 1), order.speakers + 1)
@@ -111,11 +113,11 @@ class Network(nn.Module):
         if documents is not None:
             mask, positions = documents.mask(mask), documents.positions[:, :-1]
         if self.bos_slots:
-            hidden = self.backbone(latents, level, mask=mask, positions=positions)
+            hidden = self.hidden_states(latents, level, mask=mask, positions=positions)
         else:
             hidden = self.first_hidden(len(latents))
             if level.shape[1]:
-                hidden = torch.cat([hidden, self.backbone(latents, level, mask=mask, positions=positions)], 1)
+                hidden = torch.cat([hidden, self.hidden_states(latents, level, mask=mask, positions=positions)], 1)
         return hidden if documents is None else documents.spoken(hidden)
 
     def _sketch_in_parallel(
@@ -136,7 +138,7 @@ class Network(nn.Module):
             mask, positions = documents.mask(mask), documents.positions
             # BOS speaks of a document's first token, whether that is waiting or not.
             late = late & ~documents.begin
-        hidden = self.backbone(latents, level, mask=mask, own=own, positions=positions)
+        hidden = self.hidden_states(latents, level, mask=mask, own=own, positions=positions)
         speakers = speakers + late
         if not before:
             hidden, speakers = torch.cat([self.first_hidden(len(latents)), hidden], 1), speakers + 1
@@ -179,7 +181,7 @@ class Network(nn.Module):
             mask, positions = Window(order.window, order.end), order.rows
             if documents is not None:
                 mask, positions = documents.mask(mask), documents.positions
-            hidden = self.backbone(
+            hidden = self.hidden_states(
                 gathered(latents, order.rows),
                 gathered(level, order.rows),
                 mask=mask,
@@ -197,7 +199,15 @@ class Network(nn.Module):
         if estimate is not None:
             estimate = F.pad(estimate, (0, 0, before, 0))
         latents, level = self.behind_bos(latents, level)
-        return self.backbone(latents, level, mask=mask, own=own, estimate=estimate, positions=positions)[:, before:]
+        return self.hidden_states(latents, level, mask=mask, own=own, estimate=estimate, positions=positions)[:, before:]
+
+    def hidden_states(self, latents: Tensor, level: Tensor, **options: Any) -> Tensor:
+        """Latents (B, N, D), as noisy as their levels (B, N) say, -> hidden states (B, N, W); the options are those of the backbone.
+
+        The backbone reads of each latent what is to be expected of it (`Embeddings.expected`). Noise is far longer than an embedding, and
+        a network that reads it has to learn to overlook it.
+        """
+        return self.backbone(self.latent_space.expected(latents, level, self.schedule), level, **options)
 
     def behind_bos(self, latents: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, N, D) and levels (B, N) as the backbone reads them: with those of BOS before them, if it is attended."""

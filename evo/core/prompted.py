@@ -79,7 +79,7 @@ class Prompted:
         """
         count, ahead = latents.shape[1], noise.shape[1]
         pure = self.model.schedule.noise(torch.ones_like(noise[..., :1])) * noise
-        hidden = self.model.backbone(
+        hidden = self.model.hidden_states(
             torch.cat([latents, pure], 1),
             F.pad(level, (0, ahead), value=1.0),
             mask=mask,
@@ -114,10 +114,10 @@ class Prompted:
 
         def network(latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
             own = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)
-            hidden = self.model.backbone(latents, level, mask=mask, own=own, estimate=estimate, cache=cache)
+            hidden = self.model.hidden_states(latents, level, mask=mask, own=own, estimate=estimate, cache=cache)
             return self.model.readout(hidden, self.denoiser.embeddings)
 
         return VectorField(network, self.denoiser, self.model.self_conditioned)
 
     def _read(self, latents: Tensor, level: Tensor) -> Tensor:
-        return self.model.backbone(latents, level, mask=Causal(), cache=self.cache, store=True)
+        return self.model.hidden_states(latents, level, mask=Causal(), cache=self.cache, store=True)

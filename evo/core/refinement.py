@@ -119,7 +119,7 @@ class _LiveField:
         assert self.work is not None
         work, denoiser = self.work, self.field.denoiser
         self.nfe += 1
-        hidden = self.state.model.backbone(
+        hidden = self.state.model.hidden_states(
             _take(latents, work.computed),
             _take(level, work.computed),
             own=torch.ones(1, dtype=torch.bool, device=level.device),
