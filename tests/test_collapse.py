@@ -87,7 +87,7 @@ def test_a_head_goes_to_the_half_that_can_code_the_data(written_at, low, high):
     """One half has been trained and the other has not: the head, trained alone, leaves the one that cannot write it."""
     model, draws = small(V), generator(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(150):
         model(constant(32, draws), levels=written_at, generator=draws).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -366,13 +366,14 @@ class TestEvaluate:
 
     @pytest.mark.parametrize("path", [early_stop, late_start], ids=str)
     def test_a_clock_that_runs_only_while_tokens_move_says_the_same(self, path):
-        tokens = tokens_of(6, 48)
-        short = evo.evaluate(MODEL, tokens, 0.4, path=path, generator=generator(0), batch_size=48)
+        # One sequence many times: no difference between sequences hides that of the clock.
+        tokens, measured = tokens_of(6, 1).repeat(384, 1), {"path": path, "batch_size": 384, "clock_values": 1}
+        short = evo.evaluate(MODEL, tokens, 0.4, generator=generator(0), **measured)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(path), "stretch", Path.stretch)
-            whole = evo.evaluate(MODEL, tokens, 0.4, path=path, generator=generator(1), batch_size=48)
+            whole = evo.evaluate(MODEL, tokens, 0.4, generator=generator(1), **measured)
         assert abs(short.nats - whole.nats) < 4 * math.hypot(short.standard_error, whole.standard_error)
-        assert short.standard_error < whole.standard_error
+        assert short.standard_error < 0.8 * whole.standard_error
 
     def test_it_refuses_what_it_cannot_do(self):
         with pytest.raises(ValueError, match="no sequences"):

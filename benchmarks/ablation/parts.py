@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evo.core import Cache, Transformer
+from evo.core import Cache, LatentSpace, Transformer
+from evo.schedules import Schedule
+
+
+class AsTheyAre(LatentSpace):
+    """A latent space whose noisy latents a backbone reads as they are, so that nothing is said of their level."""
+
+    def expected(self, latents: Tensor, level: Tensor, schedule: Schedule) -> Tensor:
+        return latents
 
 
 class WithoutTime(nn.Module):

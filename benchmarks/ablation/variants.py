@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from benchmarks.ablation.parts import OwnReadout, TwoModules, WithoutTime
+from benchmarks.ablation.parts import AsTheyAre, OwnReadout, TwoModules, WithoutTime
 from evo import Evo, EvoConfig
 from evo.heads import EntropyTimestep, FixedTimestep, TimestepHead
 from evo.schedules import InformationUniform, Learned
@@ -91,12 +91,21 @@ def head_alone(model: Evo) -> None:
 
 def _without_time(config: EvoConfig) -> Evo:
     base = config.build()
-    return with_parts(base, backbone=WithoutTime(base.backbone))
+    space = AsTheyAre(base.latent_space.vocab_size, base.latent_space.dim, base.latent_space.radius)
+    space.load_state_dict(base.latent_space.state_dict())
+    return with_parts(base, latent_space=space, backbone=WithoutTime(base.backbone))
 
 
 def _two_modules(config: EvoConfig) -> Evo:
     base = config.build()
     return with_parts(base, backbone=TwoModules(base.backbone, config.build().backbone))
+
+
+def _self_conditioned(config: EvoConfig) -> Evo:
+    base = config.build()
+    model = replace(config, self_conditioning=True).build()
+    model.load_state_dict(base.state_dict(), strict=False)
+    return model
 
 
 def _no_shared_embeddings(config: EvoConfig) -> Evo:
@@ -139,9 +148,7 @@ VARIANTS: Mapping[str, Variant] = {
             ),
         ),
     ),
-    "self-conditioned": Variant(
-        about="self-conditioning", build=lambda config: replace(config, self_conditioning=True).build()
-    ),
+    "self-conditioned": Variant(about="self-conditioning", build=_self_conditioned),
     "schedule-learned": Variant(
         about="learned schedule", build=lambda config: with_parts(config.build(), schedule=Learned())
     ),

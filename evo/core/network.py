@@ -199,9 +199,8 @@ class Network(nn.Module):
         if estimate is not None:
             estimate = F.pad(estimate, (0, 0, before, 0))
         latents, level = self.behind_bos(latents, level)
-        return self.hidden_states(latents, level, mask=mask, own=own, estimate=estimate, positions=positions)[
-            :, before:
-        ]
+        hidden = self.hidden_states(latents, level, mask=mask, own=own, estimate=estimate, positions=positions)
+        return hidden[:, before:]
 
     def hidden_states(self, latents: Tensor, level: Tensor, **options: Any) -> Tensor:
         """Latents (B, N, D), as noisy as their levels (B, N) say, -> hidden states (B, N, W); the options are those of the backbone.
