@@ -143,6 +143,29 @@ def test_a_row_is_run_once_and_again_when_its_settings_change(places, monkeypatc
     assert (places.results / "planning.png").stat().st_size > 0
 
 
+def test_differences_are_between_rows_of_one_seed_and_label(places):
+    asked = [
+        ("learned", 0, "x"),
+        ("learned", 1, "x"),
+        ("learned", 2, "x"),
+        ("t0", 0, "x"),
+        ("t0", 1, "x"),
+        ("t0", 2, ""),
+    ]
+    bits = {}
+    for variant, seed, label in asked:
+        row = small(variant=variant, seed=seed, label=label)
+        bits[variant, seed] = run(row, PARITY, CPU, places=places, progress=False)["bound"]["own"]["bits"]
+    one, other = (bits["learned", seed] - bits["t0", seed] for seed in (0, 1))
+    (line,) = (
+        line
+        for line in write_report(places.results, "planning").split("Differences")[1].splitlines()
+        if "| t0 |" in line
+    )
+    assert "| learned (x) | t0 | 2 |" in line
+    assert line.endswith(f"| {(one + other) / 2:+.3f} ± {abs(one - other) / 2:.3f} |")
+
+
 def test_the_model_of_a_row_comes_back(places):
     model = trained_model(small(), PARITY, CPU, places=places, progress=False)
     again = trained_model(small(), PARITY, CPU, places=places, progress=False)

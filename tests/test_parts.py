@@ -47,9 +47,9 @@ class TestLatentSpace:
         alignment = torch.nn.functional.cosine_similarity(directions, noise, dim=-1)
         assert alignment.mean().abs() < 6 / (64 * 32) ** 0.5
 
-    @given(seed=SEEDS, schedule=schedules(), level=st.floats(0, 1), factor=st.floats(-0.5, 0.5))
+    @given(seed=SEEDS, schedule=schedules(), level=st.floats(0, 1), more=st.floats(-0.5, 0.5))
     def test_no_multiple_of_a_latent_is_nearer_to_the_clean_one_than_what_is_expected(
-        self, seed, schedule, level, factor
+        self, seed, schedule, level, more
     ):
         """On average over noise, whose square is as long as the latent has dimensions."""
         space, schedule = space_of(seed), schedule.double()
@@ -60,7 +60,7 @@ class TestLatentSpace:
         def distance(multiple):
             return space.radius**2 * (1 - multiple * signal).square() + space.dim * (multiple * noise).square()
 
-        assert distance(share + factor) >= distance(share) - 1e-12
+        assert distance(share + more) >= distance(share) - 1e-12
 
     @given(seed=SEEDS, schedule=schedules())
     def test_a_realised_token_is_what_is_expected_of_it(self, seed, schedule):

@@ -20,6 +20,9 @@ from evo.core.files import write_text
 
 Result = Mapping[str, Any]
 
+# The variants that others are set beside.
+FIXED = ("t0", "t1")
+
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
     """All finished rows of a table. Raises FileNotFoundError if there are none."""
@@ -38,14 +41,17 @@ def over_seeds(values: Iterable[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else mean
 
 
-def paired(group: Iterable[Result], others: Iterable[Result], figure: Callable[[Result], float]) -> str:
-    """Mean difference of a figure ± its standard error, seed by seed: rows of one seed begin with the same weights and batches."""
-    of = {row["row"]["seed"]: figure(row) for row in others}
-    found = [figure(row) - of[row["row"]["seed"]] for row in group if row["row"]["seed"] in of]
-    if not found:
-        return "–"
-    mean = f"{statistics.mean(found):+.3f}"
-    return f"{mean} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}" if len(found) > 1 else mean
+def pairs(group: Iterable[Result], others: Iterable[Result]) -> list[tuple[Result, Result]]:
+    """Rows of two groups that have a seed in common, and so began with the same weights and saw the same batches."""
+    of = {row["row"]["seed"]: row for row in others}
+    return [(row, of[row["row"]["seed"]]) for row in group if row["row"]["seed"] in of]
+
+
+def difference(found: Iterable[tuple[Result, Result]], figure: Callable[[Result], float]) -> str:
+    """Mean of a figure's differences within pairs, at least one, ± its standard error; of a single pair the difference alone."""
+    values = [figure(row) - figure(other) for row, other in found]
+    mean = f"{statistics.mean(values):+.3f}"
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else mean
 
 
 def grouped(
@@ -118,20 +124,20 @@ def rendered(folder: Path, name: str) -> str:
 
 def _differences(rows: list[dict[str, Any]], unit: str) -> list[str]:
     """What each kind of row has beyond rows at a fixed level that are otherwise like it, as a section of a page."""
+    figures: dict[str, Callable[[Result], float]] = {unit: lambda row: row["bound"]["own"]["bits"]}
+    if "accuracy" in rows[0]:
+        figures = {"accuracy": lambda row: row["accuracy"]["own"]["accuracy"], **figures}
     groups, lines = grouped(rows, kind), []
     for key, group in sorted(groups.items()):
-        for fixed in ("t0", "t1"):
-            label = group[0]["row"]["label"]
-            other = groups.get((*key[:-1], f"{fixed} ({label})" if label else fixed))
-            if other is None or group[0]["row"]["variant"] in ("t0", "t1"):
-                continue
-            line = [*named(key), fixed, len({r["row"]["seed"] for r in group} & {r["row"]["seed"] for r in other})]
-            if "accuracy" in group[0]:
-                line.append(paired(group, other, lambda row: row["accuracy"]["own"]["accuracy"]))
-            lines.append([*line, paired(group, other, lambda row: row["bound"]["own"]["bits"])])
+        settings = group[0]["row"]
+        if settings["variant"] in FIXED:
+            continue
+        for fixed in FIXED:
+            found = pairs(group, groups.get(kind({**settings, "variant": fixed}), []))
+            if found:
+                lines.append([*named(key), fixed, len(found), *(difference(found, each) for each in figures.values())])
     if not lines:
         return []
-    figures = ["accuracy", unit] if "accuracy" in rows[0] else [unit]
     header = ["task", "size", "examples", "tokens", "variant", "less", "pairs", *figures]
     return ["Differences, seed by seed (mean ± standard error):", "", table(header, lines), ""]
 
