@@ -44,6 +44,7 @@ def objectives(draw: st.DrawFn) -> Objective:
         causal_weight=draw(st.sampled_from([0.0, 0.7])),
         level_price=0.4,
         entropy_weight=0.2,
+        trials=draw(st.sampled_from([0.0, 0.6])),
         self_conditioning=draw(shares),
         exploration=Exploration(share=draw(shares), noise=0.5),
         clock=clock if draw(st.booleans()) else None,

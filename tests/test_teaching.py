@@ -68,13 +68,13 @@ def test_auxiliary_cross_entropies_do_not_move_the_head(model):
 def test_teachers_are_a_share_of_the_learners_in_every_cut(total, share, teaching):
     def teachers(rows: range) -> list[int]:
         kinds = Part(rows=rows, total=total, scored=1).kinds(share)
-        found = kinds.teachers(teaching)
+        found = kinds.some_learners(teaching)
         assert found.whole == int(kinds.learners.whole * teaching)
         assert set(found.places) <= set(kinds.learners.places)
         return [rows[place] for place in found.places]
 
     whole = teachers(range(total))
-    assert len(whole) == Part(rows=range(total), total=total, scored=1).kinds(share).teachers(teaching).whole
+    assert len(whole) == Part(rows=range(total), total=total, scored=1).kinds(share).some_learners(teaching).whole
     cut = total // 3
     assert sorted(teachers(range(cut)) + teachers(range(cut, total))) == whole
 

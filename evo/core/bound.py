@@ -131,6 +131,7 @@ class Sketch:
 
     def __init__(self, model: Evo, batch: Batch, levels: Tensor, noise: Tensor, waiting: Waiting | None = None) -> None:
         self.model, self.batch, self.noise, self.schedule = model, batch, noise, model.schedule
+        self.waiting = waiting
         self.denoiser = Denoiser.of(model.latent_space, model.schedule)
         self.clean = F.embedding(batch.tokens, self.denoiser.embeddings).to(noise.dtype)
         self.levels = realised_below(levels, self.schedule.t_min, batch)
@@ -145,6 +146,11 @@ class Sketch:
         self.hidden = model.sketch(seen, level, known=known, order=batch.order, documents=batch.documents)
         self.context_logits = model.readout(self.hidden, self.denoiser.embeddings).to(noise.dtype)
         self._context_log_probs: Tensor | None = None
+
+    def again(self, rows: Tensor | slice, levels: Tensor) -> Sketch:
+        """One of the given sequences alone, at other levels, with the same noise."""
+        waiting = None if self.waiting is None else self.waiting.take(rows)
+        return Sketch(self.model, self.batch.take(rows), levels, self.noise[rows], waiting)
 
     @property
     def context_log_probs(self) -> Tensor:

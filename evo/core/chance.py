@@ -38,6 +38,13 @@ class Chance:
         self._batch = batch
         self._common = common
 
+    def take(self, places: Sequence[int]) -> Chance:
+        """What draws for the sequences at the given places alone."""
+        generator = self._generator
+        if generator is not None and not isinstance(generator, torch.Generator):
+            generator = [generator[place] for place in places]
+        return Chance(generator, len(places), self._common)
+
     def normal(self, *shape: int, like: Tensor) -> Tensor:
         """Standard normal noise (B, *shape), on the device of `like`, in its dtype or float32, whichever is wider."""
         # Not `randn`, which with a generator takes no lengths that torch.compile keeps symbolic; the numbers are the same.

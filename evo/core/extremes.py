@@ -12,6 +12,17 @@ from torch import Tensor, nn
 _ARRIVED = 9.2
 
 
+def pushed(levels: Tensor, slope: Tensor) -> Tensor:
+    """What a loss sums so that levels (...) fall where `slope`, broadcast to them, is above 0, and rise where it is below, with gradient.
+
+    It is a slope in the logit. A level that has arrived at the end it moves to is left alone. One at the other end, from which the bound
+    has next to no gradient left in the logit, has all of it here.
+    """
+    number = torch.finfo(levels.dtype)
+    logit = levels.clamp(number.tiny, 1 - number.eps).logit()
+    return torch.where(slope * logit > -slope.abs() * _ARRIVED, slope * logit, 0.0)
+
+
 class Extremes(nn.Module):
     """What the head's levels cost beyond level 0, and beyond level 1, as training goes on; and the way to an end that is better.
 
@@ -65,14 +76,8 @@ class Extremes(nn.Module):
         return self.gain * torch.where(to_zero >= to_one, to_zero, -to_one)
 
     def push(self, levels: Tensor) -> Tensor:
-        """What a loss sums so that levels (...) of a head move to the end that is better, with gradient: nats, of their shape.
-
-        It is a slope in the logit. A level that has arrived at the end it moves to is left alone. One at the other end, from which the
-        bound has next to no gradient left in the logit, has all of it here.
-        """
-        number, slope = torch.finfo(levels.dtype), self.slope().to(levels.dtype)
-        logit = levels.clamp(number.tiny, 1 - number.eps).logit()
-        return torch.where(slope * logit > -slope.abs() * _ARRIVED, slope * logit, 0.0)
+        """What a loss sums so that levels (...) of a head move to the end that is better, with gradient: `pushed` by `slope`."""
+        return pushed(levels, self.slope().to(levels.dtype))
 
     figures = 6
     """How many sums `tally` gives."""

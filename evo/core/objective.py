@@ -15,9 +15,10 @@ from torch import Tensor
 from evo.core.bound import Batch, Sketch, Waiting, cross_entropy
 from evo.core.chance import Chance
 from evo.core.clock import ClockDensity
-from evo.core.extremes import Extremes
+from evo.core.extremes import Extremes, pushed
 from evo.core.levels import Exploration, random_levels, usage_entropy, with_logistic_noise
 from evo.core.part import Kinds, Part, Subset
+from evo.core.trials import Trial
 from evo.schedules import Path
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class Objective:
             the others they count, and their levels have no gradient.
         entropy_weight: weight of the entropy of the levels used across a sequence, which is rewarded.
         level_price: price of a unit of level, in nats a token.
+        trials: weight of what is found by trial, 0 for none: the sequences with the head's levels are measured again, without a gradient,
+            with a few levels at the end farther away, and the head's logits are moved by the difference. A level at an end has next to
+            no gradient in its logit, and would else not learn that for this token the other end has become better.
         weight_cap: the flow integrand's weight is cut here, so that one rare low level cannot drown a batch.
         self_conditioning: share of the sequences, in [0, 1] and rounded down, whose network sees its own earlier estimate, where it
             takes one; of those that explore and of the others alike.
@@ -60,6 +64,7 @@ class Objective:
     teaching: float = 1.0
     entropy_weight: float = 0.01
     level_price: float = 0.0
+    trials: float = 0.0
     weight_cap: float = 50.0
     self_conditioning: float = 0.5
     parallel: float = 0.0
@@ -68,15 +73,18 @@ class Objective:
     extremes: Extremes | None = None
 
     def __post_init__(self) -> None:
-        for name in ("aux_weight", "causal_weight", "entropy_weight", "level_price"):
+        for name in ("aux_weight", "causal_weight", "entropy_weight", "level_price", "trials"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; a weight must be finite")
         if not (
-            self.aux_weight >= 0 and self.causal_weight >= 0 and 0 <= self.label_smoothing < 1 and self.weight_cap > 0
+            min(self.aux_weight, self.causal_weight, self.trials) >= 0
+            and 0 <= self.label_smoothing < 1
+            and self.weight_cap > 0
         ):
             raise ValueError(
-                f"aux_weight {self.aux_weight}, causal_weight {self.causal_weight}, label_smoothing {self.label_smoothing}, "
-                f"weight_cap {self.weight_cap}: needed weights of at least 0, label_smoothing in [0, 1), weight_cap > 0"
+                f"aux_weight {self.aux_weight}, causal_weight {self.causal_weight}, trials {self.trials}, label_smoothing "
+                f"{self.label_smoothing}, weight_cap {self.weight_cap}: needed weights of at least 0, label_smoothing in [0, 1), "
+                "weight_cap > 0"
             )
         if not 0 < self.flow_weight < math.inf:
             raise ValueError(
@@ -165,15 +173,15 @@ def training_step(
         levels = chosen.levels
     sketch = Sketch(model, batch, levels, noise, waiting)
     bits, causal = sketch.bits()
-    found, flow, reconstruction = None, torch.zeros_like(bits), torch.zeros_like(bits)
+    found, clock, flow, reconstruction = None, None, torch.zeros_like(bits), torch.zeros_like(bits)
     smoothing = objective.label_smoothing
     spoken = cross_entropy(sketch.context_log_probs, batch.tokens, smoothing) if smoothing else causal
     if refined:
         share = objective.self_conditioning
-        values = (part.strata(noise) + chance.shared(noise)) % 1
+        clock = (part.strata(noise) + chance.shared(noise)) % 1
         found = sketch.flow_bits(
             path,
-            values if chosen is None else torch.where(chosen.masked, 0.0, values),
+            clock if chosen is None else torch.where(chosen.masked, 0.0, clock),
             chance,
             density=objective.clock,
             weight_cap=objective.weight_cap,
@@ -203,25 +211,31 @@ def training_step(
         loss = loss + objective.level_price * (levels * free).sum() / count
     observed = []
     if objective.clock is not None:
-        clock = objective.clock
         observed.append(
-            noise.new_zeros(clock.figures, dtype=torch.float64)
+            noise.new_zeros(objective.clock.figures, dtype=torch.float64)
             if found is None
-            else clock.tally(found.remaining, (found.integrand * scored).sum(1))
+            else objective.clock.tally(found.remaining, (found.integrand * scored).sum(1))
         )
     if chosen is not None and chosen.causal is not None:
         loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
+    cost = bound + objective.level_price * sketch.levels
     if objective.extremes is not None:
-        if chosen is None:
-            observed.append(noise.new_zeros(objective.extremes.figures, dtype=torch.float64))
-        else:
-            cost = bound + objective.level_price * sketch.levels
-            observed.append(_compared(objective.extremes, cost, sketch.levels, free, chosen))
-            learners = chosen.kinds.learners
-            if learners.whole:
-                # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
-                pushed = (objective.extremes.push(chosen.head) * free[learners.rows(free.device)]).sum()
-                loss = loss + pushed / count * (part.total / learners.whole)
+        observed.append(
+            noise.new_zeros(objective.extremes.figures, dtype=torch.float64)
+            if chosen is None
+            else _compared(objective.extremes, cost, sketch.levels, free, chosen)
+        )
+    if chosen is not None and chosen.kinds.learners.whole:
+        learners, pushes = chosen.kinds.learners, []
+        if objective.extremes is not None:
+            pushes.append(objective.extremes.push(chosen.head))
+        if objective.trials and clock is not None:
+            slope = _slope(sketch, cost, free, clock, path, chance, objective, chosen.kinds)
+            pushes.append(pushed(chosen.head, objective.trials * slope.to(chosen.head.dtype)))
+        if pushes:
+            total = (sum(pushes) * free[learners.rows(free.device)]).sum()
+            # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
+            loss = loss + total / count * (part.total / learners.whole)
     return Output(
         loss=loss,
         sketch_bits=bits,
@@ -283,7 +297,7 @@ def training_levels(
             behind = None if waiting is None else waiting.take(visited)
             first = Sketch(model, batch.take(visited), explored[visited], noise[visited], behind)
         hidden, logits = (each[: len(learners.places)] for each in (first.hidden, first.context_logits))
-    teachers = kinds.teachers(objective.teaching)
+    teachers = kinds.some_learners(objective.teaching)
     if not learners.whole:
         return Chosen(explored, masked, explored[rows], kinds, teachers, causal)
     head = model.timestep_head(hidden, logits)
@@ -303,6 +317,35 @@ def _waiting(batch: Batch, noise: Tensor, parallel: Subset, chance: Chance) -> W
     rows = parallel.rows(noise.device)
     known[rows] = (batch.prompt + (place * batch.free.sum(1)).long())[rows]
     return Waiting(known=known, noise=fresh)
+
+
+@torch.no_grad()
+def _slope(
+    sketch: Sketch,
+    cost: Tensor,
+    free: Tensor,
+    clock: Tensor,
+    path: Path,
+    chance: Chance,
+    objective: Objective,
+    kinds: Kinds,
+) -> Tensor:
+    """By trial, on the same noise and at the same values of the clock, what is to be had by lowering levels of the learners: nats, (learners, N)."""
+    learners, share = kinds.learners, objective.self_conditioning
+    rows = learners.visited(free.device)
+    trial = Trial.of(sketch.levels[rows], free[rows], chance.uniform(free.shape[1], like=cost)[rows])
+    again, chance = sketch.again(rows, trial.levels), chance.take(learners.visited_places)
+    flow = again.flow_bits(
+        path,
+        clock[rows],
+        chance,
+        density=objective.clock,
+        weight_cap=objective.weight_cap,
+        estimated=None if share == 1 else kinds.some_learners(share).within(learners),
+    )
+    found = again.bits()[0] + flow.bits + again.reconstruction(chance, network=False)
+    found = found + objective.level_price * again.levels
+    return trial.slope(((found - cost[rows]) * free[rows]).sum(1))[: len(learners.places)]
 
 
 def _compared(extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, chosen: Chosen) -> Tensor:

@@ -36,7 +36,17 @@ class Subset(NamedTuple):
         """Rows for a pass over them: `rows`, or the first row of a part that has none, since its parameters may be sharded among ranks,
         of which all or none must make the pass.
         """
-        return _pick(self.places or [0], device)
+        return _pick(self.visited_places, device)
+
+    @property
+    def visited_places(self) -> list[int]:
+        """The places of `visited`."""
+        return self.places or [0]
+
+    def within(self, other: Subset) -> Subset:
+        """These, all of them among `other`, with their places in a pass over that."""
+        index = {place: number for number, place in enumerate(other.places)}
+        return Subset([index[place] for place in self.places], self.whole)
 
 
 class Kinds(NamedTuple):
@@ -51,7 +61,7 @@ class Kinds(NamedTuple):
     learners: Subset
     ranks: list[int]
 
-    def teachers(self, share: float) -> Subset:
+    def some_learners(self, share: float) -> Subset:
         """A share of the learners, rounded down, evenly spread over them."""
         places = [place for place in self.learners.places if _chosen(self.ranks[place], share)]
         return Subset(places, _before(self.learners.whole, share))

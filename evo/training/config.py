@@ -94,6 +94,8 @@ class CurriculumConfig:
     """Measure the flow where its integrand has been found to live, instead of evenly over the clock."""
     compare_ends: bool = True
     """Compare what the head's levels cost with level 0 and with level 1, and move them towards an end that is better."""
+    trials: float = 1.0
+    """Weight of what the head learns by trial: a few of its levels are measured at their other end too. 0 makes no trials."""
     weight_cap: float = 50.0
     """Largest weight of the flow's error at a level, in training; in evaluation there is no limit."""
     level_entropy: float = 0.01
@@ -122,6 +124,7 @@ class CurriculumConfig:
             "shares of the same sequences, together at most 1",
         )
         _check(self.flow > 0, "curriculum.flow", self.flow, "a positive weight")
+        _check(self.trials >= 0, "curriculum.trials", self.trials, "0 or more")
         _check(self.weight_cap > 0, "curriculum.weight_cap", self.weight_cap, "a positive weight")
         _check(self.level_noise >= 0, "curriculum.level_noise", self.level_noise, "0 or more")
         _check(self.level_noise_floor >= 0, "curriculum.level_noise_floor", self.level_noise_floor, "0 or more")

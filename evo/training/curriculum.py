@@ -37,6 +37,7 @@ def objective(
         aux_weight=_between(config.auxiliary, config.auxiliary_floor, fallen),
         entropy_weight=config.level_entropy,
         level_price=config.level_price,
+        trials=config.trials,
         label_smoothing=config.label_smoothing,
         weight_cap=config.weight_cap,
         exploration=Exploration(

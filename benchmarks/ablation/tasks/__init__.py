@@ -12,6 +12,7 @@ from benchmarks.ablation.tasks.parity import ReversedParities
 from benchmarks.ablation.tasks.star import StarGraph
 from benchmarks.ablation.tasks.store import examples
 from benchmarks.ablation.tasks.sudoku import Sudoku4, Sudoku9
+from benchmarks.ablation.tasks.totals import TotalFirst
 
 TASKS: Mapping[str, Task] = {
     "star-2x3": StarGraph(arms=2, path=3, nodes=10),
@@ -33,6 +34,8 @@ TASKS: Mapping[str, Task] = {
     "chain-3": ArithmeticChain(steps=3),
     "chain-5": ArithmeticChain(steps=5),
     "chain-8": ArithmeticChain(steps=8),
+    "total-first-8": TotalFirst(terms=8, modulus=10),
+    "total-first-6": TotalFirst(terms=6, modulus=5),
     "chain-5-result-first": ArithmeticChain(steps=5, result_first=True),
 }
 
