@@ -44,6 +44,7 @@ def objective(step: int, clock: ClockDensity, extremes: Extremes) -> Objective:
         causal_weight=step % 2,
         clock=clock,
         extremes=extremes,
+        trials=0.7,
         self_conditioning=0.3,
     )
 
