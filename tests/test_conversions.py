@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evo.schedules import Cosine, RectifiedFlow, Schedule, Shifted
-from tests.test_schedules import close, every_schedule, few
+from evo.testing import Gaussian
+from tests.test_schedules import close, every_schedule, few, trained
 
 F64 = torch.float64
 levels = st.lists(st.floats(0.1, 0.999), min_size=6, max_size=6).map(lambda x: torch.tensor(x, dtype=F64).view(2, 3))
@@ -81,6 +82,33 @@ def test_conversions_are_finite_at_the_ends(schedule: Schedule, dtype: torch.dty
         assert result.shape == latents.shape
         assert result.dtype == dtype
         assert result.isfinite().all()
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_realised_token_is_known_without_noise(schedule: Schedule, dtype: torch.dtype) -> None:
+    zero = torch.zeros(1, 3, dtype=dtype)
+    clean = normal(0, 1, 3, 4, dtype=dtype)
+    latents = schedule.noised(clean, torch.zeros_like(clean), zero)
+    assert (schedule.noise_from_denoised(latents, clean, zero) == 0).all()
+    wanted = schedule.d_signal(zero).unsqueeze(-1) * clean
+    assert torch.equal(schedule.velocity_from_denoised(latents, clean, zero), wanted)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow(), Shifted(Cosine(), -2.0)])
+def test_noise_tells_nothing_of_the_word_at_level_one(schedule: Schedule) -> None:
+    noise, one = normal(0, 1, 3, 4), torch.ones(1, 3, dtype=F64)
+    assert (schedule.denoised_from_noise(noise, noise, one) == 0).all()
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow(), Shifted(Cosine(), -2.0), trained()])
+@few
+@given(mean=st.floats(-1, 1), variance=st.floats(0.05, 2))
+def test_the_flow_of_a_density_at_level_zero(schedule: Schedule, mean: float, variance: float) -> None:
+    data = Gaussian(schedule=schedule, mean=torch.tensor(mean, dtype=F64), variance=torch.tensor(variance, dtype=F64))
+    latents, zero = normal(0, 1, 3, 4), torch.zeros(1, 3, dtype=F64)
+    signal = schedule.d_signal(zero).unsqueeze(-1)
+    close(data.velocity(latents, zero), signal * latents, 1e-11)  # F = f·z − ½g²·score, with f = s' and g = 0
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow(), Shifted(Cosine(), -2.0)])

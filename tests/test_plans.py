@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evo.schedules import Path, by_order, early_stop, full, late_start, step_counts
+from evo.schedules import Path, by_order, check_rows, early_stop, full, late_start, step_counts
 
 F64 = torch.float64
 T_MIN = 0.1
@@ -265,3 +266,38 @@ def test_no_tokens_and_names() -> None:
     assert early_stop(torch.empty(2, 0), 3).shape == (2, 4, 0)
     assert [repr(path) for path in (early_stop, late_start, full)] == ["early_stop", "late_start", "full"]
     assert repr(by_order(torch.zeros(2), 0.25)) == "by_order(order of shape (2,), width=0.25)"
+
+
+# A rule of one's own
+
+
+@given(batches(), st.data())
+def test_rows_of_our_paths_are_right(case: tuple[Tensor, int], data: st.DataObject) -> None:
+    levels, max_steps = case
+    check_rows(data.draw(paths(*levels.shape))(levels, max_steps), levels, max_steps)
+
+
+ROWS = early_stop(torch.tensor([[0.5, 0.1, 1.0]]), 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda rows: rows[:, :-1], ValueError, r"shape \(1, 4, 3\): .* \(1, 5, 3\)"),
+        (lambda rows: rows[0], ValueError, r"shape \(5, 3\)"),
+        (lambda rows: rows.double(), TypeError, "torch.float64 on cpu: needs .* torch.float32"),
+        (lambda rows: rows.tolist(), TypeError, "the plan is list"),
+        (
+            lambda rows: rows.flip(1),
+            ValueError,
+            r"2 of 3 tokens, the first \(0, 0\).* of level 0.5, whose rows are 0, ",
+        ),
+        (lambda rows: rows.index_fill(1, torch.tensor([4]), 0.1), ValueError, "3 of 3 tokens"),
+        (lambda rows: rows.index_fill(1, torch.tensor([2]), math.nan), ValueError, "3 of 3 tokens.*nan"),
+        (lambda rows: 0 * rows, ValueError, r"2 of 3 tokens.*start at that level \(or at 0 where max_steps times"),
+        (lambda rows: rows.clamp(max=0.9), ValueError, r"1 of 3 tokens, the first \(0, 2\)"),
+    ],
+)
+def test_wrong_rows_are_named(change: Callable[[Tensor], Tensor], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_rows(change(ROWS), torch.tensor([[0.5, 0.1, 1.0]]), 4)

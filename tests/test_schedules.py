@@ -380,3 +380,12 @@ def test_check_levels() -> None:
         check_levels(torch.tensor([1]))
     with pytest.raises(TypeError, match=r"levels is float 0\.5"):
         check_levels(0.5)
+
+
+@every_schedule
+def test_gradients_are_finite_at_the_ends(schedule: Schedule) -> None:
+    for name in METHODS:
+        ends = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+        value = getattr(schedule, name)(ends).sum()
+        (found,) = torch.autograd.grad(value, ends, allow_unused=True) if value.requires_grad else (None,)
+        assert found is None or found.isfinite().all(), name

@@ -318,7 +318,7 @@ def test_gradients_reach_latents_and_levels(problem: Spans) -> None:
         ({"solver": Euler()}, ValueError, r"how many steps to take: Euler\(steps=...\)"),
         ({"field": lambda z, t: z[..., :1]}, ValueError, r"\(2, 3, 4\), got shape \(2, 3, 1\)"),
         ({"field": lambda z, t: z.double()}, TypeError, "must return torch.float32 .* got torch.float64"),
-        ({"field": lambda z, t: z.bfloat16()}, TypeError, "convert the velocity back"),
+        ({"field": lambda z, t: z.bfloat16()}, TypeError, "convert the velocities back"),
         ({"field": lambda z, t: None}, TypeError, "a tensor of velocities, got NoneType"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evo.schedules import Cosine, LinearVP, RectifiedFlow, Schedule, VarianceExploding
-from evo.solvers import RK4, Ancestral, Exponential, ExponentialMultistep, integrate
+from evo.solvers import RK4, Ancestral, Exponential, ExponentialMultistep, Heun, TorchDiffEq, integrate
+from evo.testing import Gaussian
 
 from .solver_problems import GaussianFlow, MixtureFlow, Spans, order_of, spans
 
@@ -188,6 +190,20 @@ def test_a_token_may_wait_at_the_word_and_then_rise() -> None:
     assert z.isfinite().all()
 
 
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(("solver", "order"), [(Heun, 2), (RK4, 4)])
+def test_order_from_noise_to_level_zero(schedule: Schedule, solver: Any, order: int) -> None:
+    mean, variance = torch.tensor([0.5, 0.2], dtype=torch.float64)
+    data = Gaussian(schedule=schedule, mean=mean, variance=variance)
+    latents = torch.randn(4, 8, 3, dtype=torch.float64)
+    exact = data.transport(latents, torch.ones(4, 8).double(), torch.zeros(4, 8).double())
+    found = order_of(lambda n: solver(steps=n), data.velocity, exact, Spans(latents, 1.0, 0.0), (64, 128, 256))
+    assert abs(found - order) < 0.2
+    tight = integrate(data.velocity, latents, 1.0, solver=TorchDiffEq("dopri5", rtol=1e-6, atol=1e-6))
+    assert tight.nfe < 100
+    assert torch.allclose(tight.latents, exact, rtol=0, atol=1e-5)
+
+
 def test_multistep_order_falls_below_two_in_a_step_to_noise_zero_and_not_before() -> None:
     flow = GaussianFlow(schedule=Cosine())
     latents = torch.randn(4, 8, 3, dtype=torch.float64)
@@ -216,6 +232,25 @@ def test_ancestral_draws_from_its_generator_and_from_nothing_else(problem: Spans
     assert torch.equal(first, again)
     assert not torch.equal(first[~problem.frozen], other[~problem.frozen])
     assert torch.equal(first[problem.frozen], problem.latents[problem.frozen])
+
+
+@given(problem=spans(low=0.05), seed=st.integers(0, 2**31))
+def test_with_a_generator_each_sequences_are_sampled_as_if_alone(problem: Spans, seed: int) -> None:
+    def sample(rows: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed + row) for row in rows]
+        solver, flow = Ancestral(steps=3, schedule=Cosine(), generator=generators), MixtureFlow(Cosine())
+        return integrate(flow, problem.latents[rows], problem.start[rows], problem.end[rows], solver=solver).latents
+
+    everyone = list(range(len(problem.latents)))
+    alone = torch.cat([sample([row]) for row in everyone])
+    assert torch.allclose(sample(everyone), alone, rtol=0, atol=1e-12)
+    assert torch.allclose(sample(everyone[::-1]), alone.flip(0), rtol=0, atol=1e-12)
+
+
+def test_generators_that_are_not_one_for_each_sequence_are_counted() -> None:
+    solver = Ancestral(steps=1, schedule=Cosine(), generator=[torch.Generator()] * 3)
+    with pytest.raises(ValueError, match="3 generators for 2 sequences: it needs one for all, or one for each"):
+        integrate(MixtureFlow(Cosine()), torch.zeros(2, 1, 3), 1.0, solver=solver)
 
 
 @given(problem=spans(low=0.05), steps=st.integers(1, 4))

@@ -16,7 +16,9 @@ from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from evo.solvers import RK4, SolverError, TorchDiffEq, integrate
+from evo.solvers.contract import check
 from evo.solvers.torch_diffeq_methods import METHODS
+from evo.solvers.torch_diffeq_norm import TokenNorm
 
 from .solver_problems import Spans, order_of, riccati, riccati_solution, spans
 
@@ -267,7 +269,7 @@ def test_a_failing_backward_solve_is_told_in_words() -> None:
         ({"method": "dopri5"}, "needs both tolerances.* got rtol=None, atol=None"),
         ({"method": "dopri5", "rtol": 1e-3}, "needs both tolerances"),
         ({"method": "dopri5", "rtol": 1e-3, "atol": 1e-3, "steps": 4}, "chooses its own steps.* got steps=4"),
-        ({"method": "dopri5", "rtol": -1.0, "atol": 1e-3}, "must be positive"),
+        ({"method": "dopri5", "rtol": -1.0, "atol": 1e-3}, "finite numbers above 0, got rtol=-1.0"),
         (
             {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3, "step_size": 0.1},
             "no option step_size; it takes dfactor, dtype",
@@ -277,6 +279,31 @@ def test_a_failing_backward_solve_is_told_in_words() -> None:
         ({"method": "rk4", "steps": 4, "max_order": 3}, "no option max_order; it takes perturb"),
         ({"method": "implicit_adams", "steps": 4, "rtol": 1e-3}, "both tolerances of its corrector or neither"),
         ({"method": "rk4", "steps": 4, "differentiate": "forward"}, 'must be "direct" or "adjoint"'),
+        ({"method": ["dopri5"]}, r"no method \['dopri5'\]"),
+        ({"method": "dopri5", "rtol": "1e-3", "atol": 1e-3}, "finite numbers above 0, got rtol='1e-3'"),
+        ({"method": "dopri5", "rtol": math.inf, "atol": 1e-3}, "finite numbers above 0"),
+        ({"method": "dopri5", "rtol": 1e-3, "atol": math.nan}, "finite numbers above 0"),
+        ({"method": "explicit_adams", "steps": 4, "max_order": 99}, "max_order to be a whole number from 4 to 12"),
+        ({"method": "implicit_adams", "steps": 4, "max_iters": 0}, "max_iters to be a whole number from 1 on"),
+        ({"method": "rk4", "steps": 4, "perturb": 1}, "perturb to be True or False, got perturb=1"),
+        *(
+            ({"method": "dopri5", "rtol": 1e-3, "atol": 1e-3, option: value}, f"dopri5 needs {option} to be")
+            for option, value in (
+                ("first_step", 0.0),
+                ("first_step", -1),
+                ("first_step", math.nan),
+                ("min_step", -0.1),
+                ("max_step", 0),
+                ("max_num_steps", 1.5),
+                ("safety", 0),
+                ("ifactor", 1),
+                ("dfactor", 2),
+                ("dtype", "float32"),
+                ("step_t", 0.5),
+                ("jump_t", [0.5, 1.5]),
+            )
+        ),
+        ({"method": "scipy_solver", "rtol": 1e-3, "atol": 1e-3, "solver": "RK5"}, "solver to be one of RK45, RK23"),
     ],
 )
 def test_arguments_are_checked(arguments: dict, message: str) -> None:
@@ -308,6 +335,30 @@ def test_what_a_method_cannot_do_is_refused(
         integrate(call.pop("field"), torch.ones(2, 3, 3, dtype=torch.float64), call.pop("start"), 0.1, **call)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-14), (torch.float32, 1e-9), (torch.float64, 1e-20)]
+)
+@pytest.mark.parametrize("method", ["dopri5", "scipy_solver"])
+def test_tolerances_that_a_dtype_cannot_meet_are_refused(method: str, dtype: torch.dtype, tolerance: float) -> None:
+    with pytest.raises(ValueError, match=f"too fine for {dtype}: below .* Take wider ones, or float64"):
+        integrate(riccati, torch.ones(1, 1, 2, dtype=dtype), 1.0, solver=adaptive(method, tolerance))
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 2e-8])
+def test_what_float32_can_be_asked_for_ends(tolerance: float) -> None:
+    latents = torch.linspace(0.1, 0.9, 6).view(1, 2, 3)
+    found = integrate(riccati, latents, 1.0, solver=adaptive(tolerance=tolerance, max_num_steps=200)).latents
+    assert torch.allclose(found, riccati_solution(latents, 1.0, 0.0), rtol=0, atol=5e-6)
+
+
+def test_an_error_that_is_large_but_finite_is_not_called_infinite() -> None:
+    problem = check(riccati, torch.ones(1, 2, 3), 1.0, 0.0, callback=None, trajectory=False, watch=False)
+    norm = TokenNorm(problem, None)
+    assert norm(torch.tensor([[[1e30, -1e30, 1e30], [0.0, 0.0, 0.0]]])) == pytest.approx(1e30)
+    assert norm.errors[0, 1] == 0
+    assert norm(torch.tensor([[[1.0, math.nan, 1.0], [0.0, 0.0, 0.0]]])) == math.inf
+
+
 def test_scipy_has_a_trajectory_of_its_ends() -> None:
     with torch.no_grad():
         solution = integrate(
@@ -323,6 +374,13 @@ def test_repr_and_with_steps() -> None:
     assert repr(solver.with_steps(7)) == "TorchDiffEq('explicit_adams', steps=7, max_order=4)"
     assert not solver.adaptive
     assert adaptive().adaptive
+    assert repr(TorchDiffEq("rk4").with_steps(1)) == "TorchDiffEq('rk4', steps=1)"
+
+
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams"])
+def test_a_method_that_remembers_takes_no_single_rows(method: str) -> None:
+    with pytest.raises(ValueError, match=f"{method} cannot take the rows of a plan: .* ExponentialMultistep"):
+        TorchDiffEq(method).with_steps(1)
 
 
 def test_ranks_agree_on_their_steps_and_fail_together() -> None:

@@ -3,10 +3,10 @@
 Nothing here knows of the rest of the library: a head takes tensors and returns tensors.
 """
 
-from evo.heads.decoder import Decoder, LinearDecoder, NearestNeighborDecoder
-from evo.heads.prior import NucleusPrior, Prior
-from evo.heads.readout import LinearReadout, Readout, TiedReadout
-from evo.heads.timestep import EntropyTimestep, FixedTimestep, TimestepHead
+from .decoder import Decoder, LinearDecoder, NearestNeighborDecoder
+from .prior import NucleusPrior, Prior
+from .readout import LinearReadout, Readout, TiedReadout
+from .timestep import EntropyTimestep, FixedTimestep, TimestepHead
 
 __all__ = [
     "Decoder",

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from evo.heads.prior import NucleusPrior, Prior
+from .prior import NucleusPrior, Prior
 
 
 class Decoder(Protocol):

@@ -1,13 +1,15 @@
 """At which noise level should the next token be sketched?
 
 Every head here is called as `head(hidden, context_logits) -> levels`: hidden states (..., W) and context logits (..., V) of the
-position that speaks of a token, levels (...) in [0, 1] of that token. It sees nothing of the token itself.
+position that speaks of a token, levels (...) in [0, 1] of that token, float32 or as wide as the logits. It sees nothing of the token
+itself.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,9 +43,9 @@ class TimestepHead(nn.Module):
         nn.init.constant_(self.outer.bias, math.log(initial_level / (1 - initial_level)) / gain)
 
     def forward(self, hidden: Tensor, context_logits: Tensor) -> Tensor:
-        """(..., W), (..., V) -> levels (...) in [0, 1], float32 or wider."""
+        """(..., W), (..., V) -> levels (...) in [0, 1], float32 or wider; of the logits only the dtype is used."""
         logit = self.outer(F.gelu(self.inner(hidden.to(self.inner.weight.dtype)))).squeeze(-1)
-        return (self.gain * logit.to(context_logits.dtype)).sigmoid()
+        return (self.gain * logit.to(_level_dtype(context_logits))).sigmoid()
 
     def extra_repr(self) -> str:
         return f"gain={self.gain:g}"
@@ -64,7 +66,7 @@ class FixedTimestep(nn.Module):
 
     def forward(self, hidden: Tensor, context_logits: Tensor) -> Tensor:
         """(..., W), (..., V) -> levels (...), all of them `value`."""
-        return context_logits.new_full(context_logits.shape[:-1], self.value)
+        return context_logits.new_full(context_logits.shape[:-1], self.value, dtype=_level_dtype(context_logits))
 
     def extra_repr(self) -> str:
         return f"value={self.value}"
@@ -89,12 +91,20 @@ class EntropyTimestep(nn.Module):
 
     def forward(self, hidden: Tensor, context_logits: Tensor) -> Tensor:
         """(..., W), (..., V) -> levels (...) in [0, 1]."""
-        log_p = context_logits.log_softmax(-1)
+        log_p = context_logits.log_softmax(-1, dtype=_level_dtype(context_logits))
         p = log_p.exp()
         # A logit of -inf is a token that cannot come; it has no share in the entropy.
         entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
         relative = entropy / math.log(context_logits.shape[-1])
-        return ((relative - self.low) / (self.high - self.low)).clamp(0, 1) ** self.power
+        share = ((relative - self.low) / (self.high - self.low)).clamp(0, 1)
+        # A power below 1 is infinitely steep at 0; there its gradient is 0, as that of the clamp is.
+        positive = share > 0
+        return torch.where(positive, share.where(positive, 1.0) ** self.power, 0.0)
 
     def extra_repr(self) -> str:
         return f"low={self.low}, high={self.high}, power={self.power}"
+
+
+def _level_dtype(context_logits: Tensor) -> torch.dtype:
+    """That of the logits, float32 at least: bfloat16 has 128 levels between 0.5 and 1."""
+    return torch.promote_types(context_logits.dtype, torch.float32)

@@ -27,15 +27,17 @@ from .conversions import Conversions, interior
 class Schedule(nn.Module, Conversions):
     """Signal and noise as functions of the level.
 
-    Every method maps a float32 or float64 tensor of levels, of any shape, to one of the same shape and dtype. `signal`
-    and `noise` are exact at both ends; whatever can be singular at an end (`log_snr`, derivatives, `drift`,
-    `diffusion`) is evaluated at the level clamped to [1e-4, 1 − 1e-4], so that all is finite. Nothing here looks at
-    the values it is given: `check_levels` does, for callers at the boundary.
+    Every method maps a float32 or float64 tensor of levels, of any shape, to one of the same shape and dtype. Written
+    in closed form, as by this library's schedules, `signal` and `noise` are exact at both ends; whatever can be
+    singular at an end (`log_snr`, derivatives, `drift`, `diffusion`) is evaluated at the level clamped to
+    [1e-4, 1 − 1e-4], so that all is finite. Nothing here looks at the values it is given: `check_levels` does, for
+    callers at the boundary.
 
     Abstract is `log_snr` alone, a strictly decreasing function. From it follow a variance preserving signal and noise,
     derivatives (automatic, and differentiable in turn) and the inverse (bisection). A subclass overrides what it knows
     in closed form. One that does not preserve variance overrides `signal`, `noise` and `scale` and sets
-    `variance_preserving = False`. Where `log_snr` is infinite at an end, evaluate it at `interior(t)`.
+    `variance_preserving = False`. Where `log_snr` is infinite at an end, evaluate it at `interior(t)`; signal and noise
+    that follow from it then are at the ends what they are 1e-4 before (a cosine: 1.6e-4 instead of 0).
     """
 
     variance_preserving: bool = True

@@ -5,8 +5,11 @@ With z = s·x̂ + n·ε̂ at a level (s the signal, n the noise, a prime the der
     score = ∇_z log p = −ε̂ / n          velocity = dz/dlevel = s'·x̂ + n'·ε̂
 
 Latents are (..., D); a level has their shape without the last axis, so that every token is at a level of its own.
-Each conversion undoes its partner on [1e-4, 1 − 1e-4]. Beyond, where n or s may be 0, the conversion that would divide
-by it is taken at the nearer end of that interval: results are finite, and exact wherever nothing is singular.
+Each conversion undoes its partner on [1e-4, 1 − 1e-4]. Beyond, where n or s may be 0, what a conversion divides by is
+taken at the nearer end of that interval, and that alone: results are finite, and a remainder z − s·x̂ or z − n·ε̂ that
+vanishes with its divisor stays 0. So the velocity of a realised token, z = x̂ at level 0, is s'·x̂: the limit of the flow
+wherever n' is finite there. Where n grows as √t (`LinearVP`, `Sigmoid`) that limit has a further term, −½·(n²)'·score,
+of which x̂ at level 0 says nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +26,12 @@ EDGE = 1e-4
 def interior(level: Tensor) -> Tensor:
     """`level` clamped to [1e-4, 1 − 1e-4], where every quantity of a schedule is finite."""
     return level.clamp(EDGE, 1 - EDGE)
+
+
+def root(power: Tensor) -> Tensor:
+    """√power with gradient 0 where it is 0, at the ends, instead of an infinite one that makes NaN of whatever it meets."""
+    positive = power > 0
+    return torch.where(positive, power.where(positive, 1.0).sqrt(), 0.0)
 
 
 class Conversions(ABC):
@@ -50,13 +59,13 @@ class Conversions(ABC):
 
     def noise_from_denoised(self, latents: Tensor, denoised: Tensor, level: Tensor) -> Tensor:
         """The noise ε̂ = (z − s·x̂) / n. `latents` and `denoised` (..., D), `level` (...) → (..., D)."""
-        level = level.clamp(min=EDGE)
-        return (latents - self.signal(level).unsqueeze(-1) * denoised) / self.noise(level).unsqueeze(-1)
+        rest = latents - self.signal(level).unsqueeze(-1) * denoised
+        return rest / self.noise(level.clamp(min=EDGE)).unsqueeze(-1)
 
     def denoised_from_noise(self, latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """The denoised latent x̂ = (z − n·ε̂) / s. `latents` and `noise` (..., D), `level` (...) → (..., D)."""
-        level = level.clamp(max=1 - EDGE)
-        return (latents - self.noise(level).unsqueeze(-1) * noise) / self.signal(level).unsqueeze(-1)
+        rest = latents - self.noise(level).unsqueeze(-1) * noise
+        return rest / self.signal(level.clamp(max=1 - EDGE)).unsqueeze(-1)
 
     def score_from_noise(self, noise: Tensor, level: Tensor) -> Tensor:
         """The score ∇ log p = −ε̂ / n. `noise` (..., D), `level` (...) → (..., D)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Schedule
-from .conversions import interior
+from .conversions import interior, root
 
 
 class LinearVP(Schedule):
@@ -34,7 +34,7 @@ class LinearVP(Schedule):
         return (-self._integral(t) / 2).exp()
 
     def noise(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-self._integral(t))).sqrt()
+        return root(-torch.expm1(-self._integral(t)))
 
     def log_snr(self, t: Tensor) -> Tensor:
         integral = self._integral(interior(t))

@@ -31,6 +31,37 @@ def step_counts(levels: Tensor, max_steps: int) -> Tensor:
     return (levels * (max_steps * margin) + 1e-6).floor().long().clamp(max=max_steps)
 
 
+def check_rows(rows: Tensor, levels: Tensor, max_steps: int) -> None:
+    """Hold the plan that any rule made for `levels` (B, N) and K = `max_steps` to what a walk along its rows needs.
+
+    `rows` are levels (B, K+1, N), of the dtype and device of `levels`. Row 0 is t, or 0 where t is worth no step
+    (K·t < 1); no row rises, and the last is 0: a token that does not arrive there would never be written. TypeError or
+    ValueError otherwise. Looks at values once: for once a plan, not for every row.
+    """
+    wanted = (len(levels), max_steps + 1, *levels.shape[1:])
+    if not isinstance(rows, Tensor) or rows.dtype != levels.dtype or rows.device != levels.device:
+        given = f"{rows.dtype} on {rows.device}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"the plan is {given}: needs a tensor like its levels, {levels.dtype} on {levels.device}.")
+    if rows.shape != wanted:
+        raise ValueError(
+            f"the plan has shape {tuple(rows.shape)}: for levels {tuple(levels.shape)} and max_steps = {max_steps} it "
+            f"needs one row before every step and one behind the last, {wanted}."
+        )
+    start, end = rows[:, 0], rows[:, -1]
+    starts = (start == levels) | ((start == 0) & (step_counts(levels, max_steps) == 0))
+    falls = (rows[:, 1:] <= rows[:, :-1]).all(1)  # which NaN does not
+    right = starts & falls & (end == 0)
+    if right.all():
+        return
+    first = tuple((~right).nonzero()[0].tolist())
+    path = ", ".join(f"{level:.6g}" for level in rows[first[0], :, first[1]].tolist())
+    raise ValueError(
+        f"the plan is wrong for {int((~right).sum())} of {right.numel()} tokens, the first {first} (sequence, position) "
+        f"of level {levels[first].item():.6g}, whose rows are {path}: they must start at that level (or at 0 where "
+        "max_steps times it is below 1), never rise, and end at 0."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Path(ABC):
     """A rule by which tokens mature. One's own path defines `ramp`, and `span` if its tokens do not use every row."""
@@ -71,7 +102,11 @@ class Path(ABC):
         return level, torch.where(moving, speed * (1 + longer), 0.0)
 
     def stretch(self, levels: Tensor, t_min: float = 0.1) -> tuple[Tensor, Tensor]:
-        """The part of the clock, from (B,) to (B,), outside which no token of `levels` (B, N) moves; all of it, or less."""
+        """The part of the clock, from (B,) to (B,), outside which no token of `levels` (B, N) moves.
+
+        The bound draws its clock there alone, and what moves outside is lost to it: too wide a part costs variance, too
+        narrow a one makes the bound too low. All of [0, 1], as here, is always right.
+        """
         return levels.new_zeros(len(levels)), levels.new_ones(len(levels))
 
     def __call__(self, levels: Tensor, max_steps: int, t_min: float = 0.1) -> Tensor:
@@ -134,7 +169,10 @@ class LateStart(Path):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Full(Path):
-    """Every token falls evenly from its own level to t_min over the whole clock, in K steps whatever its level."""
+    """Every token falls evenly from its own level to t_min over the whole clock, in K steps if its level is worth one.
+
+    In a plan a token with K·t < 1 is 0 from the start, as on every path.
+    """
 
     def ramp(self, levels: Tensor, clock: Tensor, t_min: float) -> tuple[Tensor, Tensor]:
         length = (levels - t_min).clamp(min=0)

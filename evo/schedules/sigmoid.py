@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Schedule
-from .conversions import interior
+from .conversions import interior, root
 
 
 class Sigmoid(Schedule):
@@ -38,11 +38,11 @@ class Sigmoid(Schedule):
 
     def signal(self, t: Tensor) -> Tensor:
         above, below = self._gaps(t)
-        return _root(above / (above + below))
+        return root(above / (above + below))
 
     def noise(self, t: Tensor) -> Tensor:
         above, below = self._gaps(t)
-        return _root(below / (above + below))
+        return root(below / (above + below))
 
     def log_snr(self, t: Tensor) -> Tensor:
         above, below = self._gaps(interior(t))
@@ -61,9 +61,3 @@ class Sigmoid(Schedule):
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"start": self.start, "end": self.end}
-
-
-def _root(power: Tensor) -> Tensor:
-    """√power with gradient 0 where it is 0, at the ends, instead of an infinite one that makes NaN of whatever it meets."""
-    positive = power > 0
-    return torch.where(positive, power.where(positive, 1.0).sqrt(), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,22 @@ class Ancestral(FixedStep):
 
     With `eta` 1 this samples q(z_τ' | z_τ, x̂), which walks the reverse-time SDE (DDPM; Song et al. 2021, eq. 12 and
     16); with 0 it is `Exponential`. Its samples have the marginals of the flow as steps → ∞; single paths do not
-    converge to anything. ξ comes from `generator`, which must be on the device of the latents, and from nowhere else:
-    one draw of (B, N, D) a step, whatever the levels. Towards higher levels, where nothing can be redrawn, it is
+    converge to anything. Towards higher levels, where nothing can be redrawn, it is
     deterministic. The share redrawn carries no gradient to the levels: at equal levels its derivative is infinite.
 
-    The field must be a probability flow of `schedule`. Raises ValueError for `eta` outside [0, 1].
+    ξ comes from `generator`, which must be on the device of the latents, and from nowhere else: one draw of (B, N, D) a
+    step, whatever the levels. With a sequence of B generators, one for each sequence, each draws its own (N, D), and
+    what becomes of a sequence does not depend on who else is in the batch. Either way they move on, and a second solve
+    draws other numbers: for the same again, seed them again. `Evo.generate` serves one generator for all only, since
+    sequences leave its batch.
+
+    The field must be a probability flow of `schedule`. Raises ValueError for `eta` outside [0, 1], and in a step for
+    generators that are not one for each sequence.
     """
 
     order = 1
     schedule: NoiseSchedule
-    generator: torch.Generator
+    generator: torch.Generator | Sequence[torch.Generator]
     eta: float = 1.0
 
     def __post_init__(self) -> None:
@@ -44,5 +51,19 @@ class Ancestral(FixedStep):
         falls = s_next * n > s * n_next  # SNR(τ') > SNR(τ), without dividing by what may be 0
         kept = torch.where(falls, s * n_next / torch.where(falls, s_next * n, 1.0), 1.0).detach()
         drawn = self.eta**2 * (1 - kept) * (1 + kept)
-        fresh = torch.randn(latents.shape, generator=self.generator, dtype=latents.dtype, device=latents.device)
+        fresh = self._fresh(latents)
         return s_next * denoised + n_next * ((1 - drawn).sqrt() * noise + drawn.sqrt() * fresh), None
+
+    def _fresh(self, latents: Tensor) -> Tensor:
+        """Standard normal noise (B, N, D)."""
+        if isinstance(self.generator, torch.Generator):
+            return torch.randn(latents.shape, generator=self.generator, dtype=latents.dtype, device=latents.device)
+        if len(self.generator) != len(latents):
+            raise ValueError(
+                f"Ancestral has {len(self.generator)} generators for {len(latents)} sequences: it needs one for all, or "
+                "one for each"
+            )
+        fresh = torch.empty_like(latents)
+        for row, generator in zip(fresh, self.generator, strict=True):
+            row.normal_(generator=generator)
+        return fresh

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .contract import Problem, Velocity, check
+from .contract import Problem, Velocity, check, check_like
 from .protocols import Callback, Field
 from .record import Record
 from .solution import Solution, SolverError
@@ -53,12 +53,17 @@ def integrate(
     a solve that has failed is repeated for it, without gradients and callback, unless torch.distributed runs. Under
     `torch.compile` no values are looked at: neither a level out of range nor a NaN raises.
 
-    Raises TypeError or ValueError for arguments or velocities of the wrong kind, shape, dtype, device or range.
+    Raises TypeError or ValueError for arguments, velocities or what the solver returns of the wrong kind, shape, dtype,
+    device or range.
     """
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver such as Euler(steps=20), got {solver!r}")
     problem = check(field, latents, start, end, callback=callback, trajectory=trajectory, watch=not throw)
     solution = solver.solve(problem)
+    name = type(solver).__name__
+    if not isinstance(solution, Solution):
+        raise TypeError(f"{name}.solve must return a Solution, got {type(solution).__name__}")
+    check_like(f"{name}.solve", "latents", solution.latents, latents)
     if throw and not torch.compiler.is_compiling():
         _raise_if_failed(solver, problem, solution)
     return solution
@@ -80,7 +85,7 @@ def _raise_if_failed(solver: Solver, problem: Problem, solution: Solution) -> No
 class FixedStep(Solver):
     """A method that divides every span into `steps` equal parts. A subclass defines `step` and `order`.
 
-    `step` is also what a plan is walked with, from one row to the next; `steps` may then stay unset.
+    A plan is walked from one row to the next by `advance`; `steps` may then stay unset.
     Raises ValueError for `steps` below 1, and in `integrate` for `steps` unset.
     """
 
@@ -100,6 +105,23 @@ class FixedStep(Solver):
         A token whose two levels are equal must stay where it is, up to rounding.
         """
 
+    def advance(
+        self, field: Field, latents: Tensor, level: Tensor, next_level: Tensor, state: Any
+    ) -> tuple[Tensor, Any]:
+        """One `step`, and a look at the kind of what it returns: what callers take a step by.
+
+        Raises TypeError unless that is a pair, latents and a state; TypeError or ValueError unless its latents are of
+        the shape, dtype and device of those given.
+        """
+        stepped, name = self.step(field, latents, level, next_level, state), f"{type(self).__name__}.step"
+        if not isinstance(stepped, tuple) or len(stepped) != 2:
+            given = f"{len(stepped)} values" if isinstance(stepped, tuple) else f"{type(stepped).__name__} alone"
+            raise TypeError(
+                f"{name} must return a pair, latents and a state (None if it remembers nothing), got {given}"
+            )
+        check_like(name, "latents", stepped[0], latents)
+        return stepped
+
     def solve(self, problem: Problem) -> Solution:
         """Walk `steps` equal steps. Compiles whole: no branch looks at a value."""
         if self.steps is None:
@@ -108,7 +130,7 @@ class FixedStep(Solver):
         inner = torch.addcmul(problem.start, clock[1:-1].view(-1, 1, 1), problem.end - problem.start)
         velocity, record, state = Velocity(problem), Record(problem), None
         for next_level in (*inner.unbind(0), problem.end):
-            latents, state = self.step(velocity, record.latents, record.level, next_level, state)
+            latents, state = self.advance(velocity, record.latents, record.level, next_level, state)
             if record.arrive(latents, next_level):
                 break
         return record.solution(velocity.nfe)
@@ -116,5 +138,5 @@ class FixedStep(Solver):
 
 def check_steps(name: str, steps: int | None) -> None:
     """Raise ValueError unless `steps` is None or a whole number from 1 on."""
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"{name} needs a whole number of steps from 1 on, got steps={steps!r}")

@@ -1,4 +1,4 @@
-"""The one place where the arguments of a solve, and what its field returns, are checked."""
+"""The one place where the arguments of a solve, and what its field and its solver return, are checked."""
 
 from __future__ import annotations
 
@@ -60,18 +60,24 @@ class Velocity:
         """
         velocity = self.field(latents, level)
         self.nfe += 1
-        if not isinstance(velocity, Tensor):
-            raise TypeError(f"field must return a tensor of velocities, got {type(velocity).__name__}")
-        if velocity.shape != latents.shape:
-            raise ValueError(
-                f"field must return a velocity per latent, {tuple(latents.shape)}, got shape {tuple(velocity.shape)}"
-            )
-        if velocity.dtype != latents.dtype or velocity.device != latents.device:
-            raise TypeError(
-                f"field must return {latents.dtype} on {latents.device}, like its latents, got {velocity.dtype} on "
-                f"{velocity.device}: compute as you wish inside the field, and convert the velocity back"
-            )
+        check_like("field", "velocities", velocity, latents)
         return velocity if self.live is None else torch.where(self.live, velocity, 0.0)
+
+
+def check_like(who: str, what: str, found: object, latents: Tensor) -> None:
+    """Raise unless `who` returned `what`, one for each of `latents` (B, N, D).
+
+    ValueError for another shape, TypeError for another type, dtype or device. No value is looked at.
+    """
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{who} must return a tensor of {what}, got {type(found).__name__}")
+    if found.shape != latents.shape:
+        raise ValueError(f"{who} must return {what} of shape {tuple(latents.shape)}, got shape {tuple(found.shape)}")
+    if found.dtype != latents.dtype or found.device != latents.device:
+        raise TypeError(
+            f"{who} must return {latents.dtype} on {latents.device}, like its latents, got {found.dtype} on "
+            f"{found.device}: compute as you wish inside it, and convert the {what} back"
+        )
 
 
 def check(

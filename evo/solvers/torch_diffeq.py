@@ -41,7 +41,9 @@ class TorchDiffEq(Solver):
     parameters and to `latents` alone (not to levels or to tensors that the field holds otherwise, nor through a
     trajectory), takes no callback, and does not work over sharded parameters.
 
-    Raises ValueError for an unknown method or option, and for steps or tolerances that are missing or not its own.
+    Raises ValueError for an unknown method or option, for an option's value that it cannot use, and for steps or
+    tolerances that are missing or not its own; in `integrate` for tolerances that the dtype of the latents cannot meet. Where
+    a solve must end in any case, give `max_num_steps`.
     """
 
     method: str
@@ -73,7 +75,7 @@ class TorchDiffEq(Solver):
             ("options", MappingProxyType(options)),
         ):
             object.__setattr__(self, name, value)
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"torchdiffeq has no method {method!r}; it has {', '.join(METHODS)}")
         check_steps(method, steps)
         METHODS[method].check(method, steps, rtol, atol, options)
@@ -94,7 +96,15 @@ class TorchDiffEq(Solver):
         return METHODS[self.method].adaptive
 
     def with_steps(self, steps: int) -> TorchDiffEq:
-        """The same fixed-step method with another number of steps, as for walking a plan row by row."""
+        """The same fixed-step method with another number of steps: with one, it takes a row of a plan.
+
+        Raises ValueError for one step of a multistep method, which is begun anew at every row and has no past there.
+        """
+        if steps == 1 and METHODS[self.method].multistep:
+            raise ValueError(
+                f"{self.method} cannot take the rows of a plan: torchdiffeq begins it anew at each, and its first steps "
+                'are those of rk4. Take TorchDiffEq("rk4"), which is the same, or ExponentialMultistep, which remembers'
+            )
         return TorchDiffEq(self.method, **{**self._arguments(), "steps": steps})
 
     def solve(self, problem: Problem) -> Solution:
@@ -154,6 +164,13 @@ class TorchDiffEq(Solver):
         """Raise ValueError or TypeError for what this method cannot do with this problem."""
         if not method.adaptive and self.steps is None:
             raise ValueError(f"integrate needs to know how many steps to take: TorchDiffEq({self.method!r}, steps=...)")
+        # The error of a step is known to a share of the rounding of its latents: a tenth of that can still be met.
+        finest = torch.finfo(problem.latents.dtype).eps / 10
+        if method.adaptive and self.rtol is not None and self.atol is not None and max(self.rtol, self.atol) < finest:
+            raise ValueError(
+                f"rtol={self.rtol}, atol={self.atol} are too fine for {problem.latents.dtype}: below {finest:.0e} no step "
+                f"is short enough, and below {100 * finest:.0e} nothing is gained. Take wider ones, or float64"
+            )
         if not method.observable and problem.callback is not None:
             raise ValueError(f"{self.method} tells of no step on its way, so that no callback can be called")
         if self.differentiate == "direct":

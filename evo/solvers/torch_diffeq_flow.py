@@ -100,4 +100,4 @@ class ObservedFlow(Flow):
         if refused.any():
             reason = "the step size underflowed, for the field jumps or is too stiff for these tolerances"
             self.fail(refused, self.record.level, reason)
-        self.fail_all("the step size underflowed, on account of another rank")
+        self.fail_all("the step size underflowed, for no token here: on account of another rank, if there is one")

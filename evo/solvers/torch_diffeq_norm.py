@@ -52,4 +52,6 @@ class TokenNorm:
 
 
 def _rms(error: Tensor) -> Tensor:
-    return error.square().mean(-1).sqrt()
+    """Root mean square over the last axis, which overflows only where the error itself does."""
+    largest = error.abs().amax(-1).clamp(min=torch.finfo(error.dtype).tiny)
+    return (error / largest.unsqueeze(-1)).square().mean(-1).sqrt() * largest

@@ -65,6 +65,9 @@ def _check_timestep_head(head: Timestep, hidden: Tensor, logits: Tensor) -> None
     alone = torch.cat([head(hidden[:, i : i + 1], logits[:, i : i + 1]) for i in range(hidden.shape[1])], dim=1)
     near = (alone - levels).abs() <= 1e-5
     require_all("a level is chosen from its own position alone", near, together=levels, alone=alone)
+    alone = torch.cat([head(hidden[b : b + 1], logits[b : b + 1]) for b in range(len(hidden))])
+    near = (alone - levels).abs() <= 1e-5
+    require_all("a level does not depend on the other sequences of its batch", near, together=levels, alone=alone)
 
 
 def _check_prior(prior: Prior, logits: Tensor) -> None:
@@ -76,7 +79,9 @@ def _check_prior(prior: Prior, logits: Tensor) -> None:
     _require_tokens("a prior", tokens, logits.shape[:-1], logits.shape[-1])
     one_each = torch.stack([prior(logits[:, i], uniform[:, i]) for i in range(logits.shape[1])], 1)
     _require_tokens("a prior", one_each[:, 0], logits.shape[:1], logits.shape[-1])
-    require_equal("a token depends on its own logits and its own number alone", one_each, tokens)
+    claim = "a token depends on its own logits and its own number alone"
+    require_equal(claim, one_each, tokens)
+    require_equal(claim, torch.cat([prior(logits[b : b + 1], uniform[b : b + 1]) for b in range(len(logits))]), tokens)
     most = 1 - torch.finfo(uniform.dtype).eps / 2  # the largest number below 1
     chances = torch.cat([torch.zeros(1), torch.full((1,), most), torch.rand(20, generator=chance)])
     for number in chances:
@@ -97,6 +102,11 @@ def _check_decoder(decoder: Decoder, vocab_size: int, generator: torch.Generator
     decoded = decoder(logits, denoised, embeddings, torch.rand(tokens.shape, generator=generator))
     _require_tokens("a decoder", decoded, tokens.shape, vocab_size)
     require_equal("a decoder reads a token that logits and latent agree on", decoded, tokens)
+    logits, denoised = _logits(vocab_size, generator), torch.randn(3, 5, vocab_size, generator=generator)
+    uniform = torch.rand(tokens.shape, generator=generator)
+    together = decoder(logits, denoised, embeddings, uniform)
+    alone = torch.stack([decoder(logits[b], denoised[b], embeddings, uniform[b]) for b in range(len(logits))])
+    require_equal("a decoder reads a token as if it were alone", alone, together)
 
 
 def _require_tokens(who: str, tokens: Tensor, shape: torch.Size, vocab_size: int) -> None:

@@ -13,8 +13,8 @@ def check_plan(path: Path, *, tokens: int = 6, t_min: float = 0.1) -> None:
     """Hold a path to what the bound and generation rely on, for levels of every kind: 0, 1, below t_min, on and off the grid.
 
     As a plan for `tokens` positions, its first row is t for the tokens that take a step and 0 for the others, no row rises, the
-    last is 0. As a path, it runs from t at clock 0 to t_min at clock 1, its rate is the speed at which it falls, and the rows of
-    the plan lie on it.
+    last is 0. As a path, it runs from t at clock 0 to t_min at clock 1, its rate is the speed at which it falls, it moves nowhere
+    outside its `stretch`, and the rows of the plan lie on it.
 
     Raises PropertyError, naming the property, the level and the row.
     """
@@ -75,7 +75,20 @@ def _check_path(path: Path, levels: Tensor, t_min: float) -> None:
     require_all("a path stays between t_min and t", (level >= lowest - 1e-12) & (level <= levels + 1e-12), **at)
     require_all("a path never rises", level.diff(dim=0) <= 1e-12, level=levels, clock=clock[1:, None, None])
     require_all("the rate of a path is not negative", rate >= 0, **at)
+    begin, end = (x[None, :, None] for x in _stretch(path, levels, t_min))
+    outside = (clock[:, None, None] < begin - 1e-9) | (clock[:, None, None] > end + 1e-9)
+    require_all("nothing moves outside the stretch of a path", ~outside | (rate == 0), **at, rate=rate)
     # Rates are constant between few kinks, so a midpoint sum misses the integral by a few cells at most.
     fallen = rate.cumsum(0) / points
     slack = 4 * rate.amax().item() / points
     require_close("the rate of a path is the speed at which it falls", levels - fallen, level, slack, **at)
+
+
+def _stretch(path: Path, levels: Tensor, t_min: float) -> tuple[Tensor, Tensor]:
+    begin, end = path.stretch(levels, t_min)
+    shapes = f"levels {tuple(levels.shape)} gave {tuple(begin.shape)} and {tuple(end.shape)}"
+    claim = "the stretch of a path is a begin and an end for each sequence"
+    require(claim, begin.shape == end.shape == (len(levels),), shapes)
+    ordered = (begin >= 0) & (begin <= end) & (end <= 1)
+    require_all("the stretch of a path lies in [0, 1]", ordered, begin=begin, end=end)
+    return begin, end

@@ -9,26 +9,33 @@ import torch
 from torch import Tensor
 
 from evo.schedules import Schedule
+from evo.schedules.conversions import EDGE
 from evo.testing.errors import require, require_all, require_close, require_equal
 
 
 def check_schedule(schedule: Schedule, *, tolerance: float = 1e-6) -> None:
     """Hold a schedule to what the library relies on; works on copies on the CPU.
 
-    Values keep shape and dtype and are finite on all of [0, 1]; the log-SNR falls; every derivative is the slope of its value
-    (by five-point differences, for which there is a `tolerance`); the inverse, the SDE coefficients and the conversions between
-    denoised latent, noise, score and velocity agree with the values; the bridge keeps unit variance and the right correlation.
+    Values keep shape and dtype and are finite on all of [0, 1], and so are their gradients; the log-SNR falls, and signal/noise
+    nowhere rises, the ends included; every derivative is the slope of its value (by five-point differences, for which there is a
+    `tolerance`) and its gradient in the level; the inverse, the SDE coefficients and the conversions between denoised latent,
+    noise, score and velocity agree with the values; the bridge keeps unit variance and the right correlation.
+    `variance_preserving` says what is so. That the ends are exactly the word and exactly noise is not asked for: where signal and
+    noise follow from a `log_snr` taken at `interior(t)`, they are what it is there.
 
     Raises PropertyError, naming the property, the level and the error.
     """
     require("t_min lies in (0, 1)", 0 < schedule.t_min < 1, f"it is {schedule.t_min}")
     with torch.no_grad():
-        for dtype in (torch.float32, torch.float64):
-            _check_form(copy.deepcopy(schedule).to("cpu", dtype), dtype)
-        schedule = in_float64(schedule)
+        given, schedule = schedule, in_float64(schedule)
         level = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+        values = ("signal", "noise", "log_snr", "snr")
+        _check_form(given, *values)
+        require_all("log_snr falls as the level rises", schedule.log_snr(level).diff() < 0, level=level[1:])
+        _check_form(given, *(f"d_{value}" for value in values), "drift", "diffusion")
         _check_values(schedule, level)
         _check_derivatives(schedule, level, tolerance)
+        _check_gradients(schedule, level)
         _check_inverse(schedule, level)
         _check_sde(schedule, level)
         _check_conversions(schedule, tolerance)
@@ -40,26 +47,33 @@ def in_float64(schedule: Schedule) -> Schedule:
     return copy.deepcopy(schedule).to("cpu", torch.float64)
 
 
-def _check_form(schedule: Schedule, dtype: torch.dtype) -> None:
-    """Shape, dtype and finiteness, the ends included."""
-    values = ("signal", "noise", "log_snr", "snr")
-    for name in (*values, *(f"d_{value}" for value in values), "drift", "diffusion"):
-        for level in (torch.linspace(0, 1, 12, dtype=dtype).view(3, 4), torch.tensor(0.5, dtype=dtype)):
-            value = getattr(schedule, name)(level)
-            shapes, dtypes = f"{tuple(level.shape)} gave {tuple(value.shape)}", f"{level.dtype} gave {value.dtype}"
-            require(f"{name} keeps the shape of its level", value.shape == level.shape, shapes)
-            require(f"{name} keeps the dtype of its level", value.dtype == level.dtype, dtypes)
-            require_all(f"{name} is finite on [0, 1]", value.isfinite(), level=level)
+def _check_form(schedule: Schedule, *names: str) -> None:
+    """Shape, dtype and finiteness of what these methods give, the ends included."""
+    for dtype in (torch.float32, torch.float64):
+        schedule = copy.deepcopy(schedule).to("cpu", dtype)
+        for name in names:
+            for level in (torch.linspace(0, 1, 12, dtype=dtype).view(3, 4), torch.tensor(0.5, dtype=dtype)):
+                value = getattr(schedule, name)(level)
+                shapes, dtypes = f"{tuple(level.shape)} gave {tuple(value.shape)}", f"{level.dtype} gave {value.dtype}"
+                require(f"{name} keeps the shape of its level", value.shape == level.shape, shapes)
+                require(f"{name} keeps the dtype of its level", value.dtype == level.dtype, dtypes)
+                require_all(f"{name} is finite on [0, 1]", value.isfinite(), level=level)
 
 
 def _check_values(schedule: Schedule, level: Tensor) -> None:
     signal, noise, log_snr = schedule.signal(level), schedule.noise(level), schedule.log_snr(level)
     require_all("signal is positive below level 1", signal > 0, level=level)
     require_all("noise is positive above level 0", noise > 0, level=level)
-    require_all("log_snr falls as the level rises", log_snr.diff() < 0, level=level[1:])
     require_close("log_snr is 2·ln(signal/noise)", log_snr, 2 * (signal / noise).log(), 1e-9, level=level)
     require_close("snr is signal²/noise²", schedule.snr(level), (signal / noise).square(), 1e-9, level=level)
-    if torch.allclose(signal**2 + noise**2, torch.ones_like(level), atol=1e-12, rtol=0):
+    ends = torch.tensor([0.0, EDGE, 1 - EDGE, 1.0], dtype=torch.float64)
+    angle = torch.atan2(schedule.noise(ends), schedule.signal(ends))
+    require_all("signal/noise does not rise towards the ends", angle.diff()[::2] >= -1e-12, level=ends[::3])
+    preserved = torch.allclose(signal**2 + noise**2, torch.ones_like(level), atol=1e-9, rtol=0)
+    told = f"it is {schedule.variance_preserving}, and the sum is {'1' if preserved else 'not'} at every level"
+    claim = "variance_preserving says whether signal² + noise² is 1"
+    require(claim, bool(schedule.variance_preserving) == preserved, told)
+    if preserved:
         require_close("alpha_bar is signal²", schedule.alpha_bar(level), signal**2, 1e-9, level=level)
 
 
@@ -69,6 +83,26 @@ def _check_derivatives(schedule: Schedule, level: Tensor, tolerance: float) -> N
         require_close(f"d_{name} is the derivative of {name}", claimed, found, tolerance, level=level)
     snr = schedule.snr(level)
     require_close("d_snr is snr·d_log_snr", schedule.d_snr(level), snr * schedule.d_log_snr(level), 1e-9, level=level)
+
+
+def _check_gradients(schedule: Schedule, level: Tensor) -> None:
+    """Levels are learned: what is computed from one must tell it how."""
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for name in ("signal", "noise", "log_snr"):
+        claimed = getattr(schedule, f"d_{name}")(level)
+        found = _gradient(getattr(schedule, name), level)
+        require_close(f"the gradient of {name} in the level is d_{name}", found, claimed, 1e-6, level=level)
+        found = _gradient(getattr(schedule, name), ends)
+        require_all(f"the gradient of {name} is finite at the ends", found.isfinite(), level=ends)
+
+
+@torch.enable_grad()
+def _gradient(function: Callable[[Tensor], Tensor], level: Tensor) -> Tensor:
+    """The derivative that automatic differentiation finds; 0 where it finds no way to the level."""
+    leaf = level.clone().requires_grad_()
+    total = function(leaf).sum()
+    found = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+    return torch.zeros_like(level) if found is None else found
 
 
 def _check_inverse(schedule: Schedule, level: Tensor) -> None:
