@@ -21,6 +21,7 @@ from evo.training.checkpoint import checkpoints
 from evo.training.manifest import Manifest
 from evo.training.state import TrainState
 from tests.checkpoint_cases import DAMAGES, OPTIMIZER, advance, assert_same_state, small_evo, state_after, toy
+from tests.test_composition import tied
 
 
 def saved(folder, *states, keep=2, background=False):
@@ -172,7 +173,7 @@ def test_a_checkpoint_of_other_text_of_another_model_or_format_is_refused(tmp_pa
     with pytest.raises(CheckpointError, match=r"model/2.bias is \(\(1,\), torch.float32\) there and missing here"):
         restored(folder, fewer)
     monkeypatch.setattr("evo.training.manifest.FORMAT", 2)
-    with pytest.raises(CheckpointError, match="has format 3, this version of evo reads 2"):
+    with pytest.raises(CheckpointError, match="has format 4, this version of evo reads 2"):
         restored(folder)
 
 
@@ -310,8 +311,18 @@ def test_what_cannot_be_exported_says_why(run, tmp_path, capsys):
     assert "step-00000000, step-00000001" in shown
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*; it has none"):
         averaged_model(tmp_path)
-    with pytest.raises(CheckpointError, match="was composed by hand"):
+    with pytest.raises(CheckpointError, match=r"was composed by hand.*use export_average \(evo export\)"):
         averaged_model(saved(tmp_path, state_after(1)))
+
+
+def test_a_model_composed_by_hand_is_exported_for_one_composed_alike(tmp_path, capsys):
+    state = state_after(0, tied())
+    saved(tmp_path / "checkpoints", state)
+    assert main(["export", str(tmp_path), str(tmp_path / "model")]) == 0
+    assert "was composed by hand: compose it again, and call its load_weights" in capsys.readouterr().err
+    loaded = tied().load_weights(tmp_path / "model")
+    average = state.ema.model.state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in loaded.state_dict().items())
 
 
 def test_export_passes_over_a_damaged_checkpoint_and_changes_nothing(run, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -57,13 +58,48 @@ def written(trained, capsys, *options):
     return shown.out, shown.err
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "exponential", "dopri5"])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "exponential", "multistep", "dopri5"])
 def test_generate_continues_the_prompt_with_every_solver(trained, capsys, solver):
     text, figures = written(trained, capsys, "line", "--solver", solver, "--no-stop")
     assert text.startswith("line")
     assert figures.startswith("12 tokens in ")
     assert f"{solver}: " in figures
     assert written(trained, capsys, "line", "--solver", solver, "--no-stop")[0] == text
+
+
+def test_generate_writes_what_the_context_has_room_for(trained, capsys):
+    model = str(trained[0] / "model")
+    assert main(["generate", "--model", model, "--no-stop", "twenty bytes of text"]) == 0
+    assert capsys.readouterr().err.startswith("44 tokens in ")
+    assert main(["generate", "--model", model, "x" * 64]) == 2
+    assert "do not fit the model's context of 64" in capsys.readouterr().err
+
+
+def test_a_solver_that_had_nothing_to_do_is_told(trained, capsys):
+    told = "no token was refined; --solver had no effect, try --level 1\n"
+    assert written(trained, capsys, "--level", "0", "--solver", "heun")[1].endswith(told)
+    assert (
+        told
+        not in written(trained, capsys, "--level", "0")[1]
+        + written(trained, capsys, "--level", "1", "--solver", "heun")[1]
+    )
+
+
+def test_the_folder_of_a_run_points_to_its_model(trained, capsys):
+    out, _ = trained
+    assert main(["generate", "--model", str(out)]) == 2
+    assert capsys.readouterr().err.endswith(f"; there is a model in {out / 'model'}\n")
+
+
+@pytest.mark.parametrize("options", [["info"], ["generate", "--help"]])
+def test_nobody_reads_on_and_nothing_is_said(options):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "evo", *options], stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_generate_options_reach_the_model(trained, capsys):
@@ -170,7 +206,13 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["train", "--data", "x", "--steps", "0"], ["generate", "--model", "x", "--solver", "magic"]],
+    [
+        ["train"],
+        ["train", "--data", "x", "--steps", "0"],
+        ["generate", "--model", "x", "--solver", "magic"],
+        ["generate", "--model", "x", "--seed", "99999999999999999999999"],
+        ["train", "--data", "x", "--seed", "99999999999999999999999"],
+    ],
 )
 def test_bad_options_end_with_status_2_and_no_traceback(arguments, capsys):
     with pytest.raises(SystemExit) as end:

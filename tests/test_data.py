@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evo.data import BestFit, Contiguous, Corpus, CorpusConfig, open_corpus, sources
+from evo.data import BestFit, Contiguous, Corpus, CorpusConfig, FilePart, open_corpus, sources, write_shards
 from evo.text import BOS
-from tests.data_cases import corpus, of_lengths, texts, write
+from tests.data_cases import LETTERS, corpus, of_lengths, texts, write
 
 ANY = CorpusConfig()
 contents = st.binary(min_size=1, max_size=40).filter(lambda data: b"\0" not in data)
@@ -259,6 +262,37 @@ def test_what_does_not_fit_is_said(tmp_path):
     for rows in ([], [2], [-1]):
         with pytest.raises(ValueError, match=r"rows \[.*\] of a batch of 2"):
             found.batch(0, 0, rows, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bos": None}, "bos is None; the id of a token is needed$"),
+        ({"eos": 1.0}, "eos is 1.0; the id of a token is needed, or None"),
+        ({"encode": 3}, "encode is 3; a function from a text to its ids"),
+    ],
+)
+def test_an_encoding_that_is_none_is_refused(changes, message):
+    with pytest.raises(TypeError, match=message):
+        replace(LETTERS, **changes)
+
+
+@pytest.mark.parametrize("ids", [[0.9, 1.7], ["a"], [None], [True], [2**70]])
+def test_ids_that_are_no_integers_are_refused(ids):
+    with pytest.raises(TypeError, match="integers are needed"):
+        replace(LETTERS, encode=lambda text: ids).document("a")
+
+
+def test_one_text_is_not_several(tmp_path):
+    for one in ("the cat", FilePart(tmp_path / "x", 0, 3)):
+        with pytest.raises(TypeError, match="give a list of texts"):
+            write_shards(one, LETTERS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_need_nothing_of_the_model():
+    code = "import sys, evo.data; sys.exit(any(name.startswith('evo.core') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_bytes_per_token_leaves_out_what_is_no_text(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evo.core.files import read_json
 from evo.data import BYTES, Encoding, FilePart, TokenShards, write_shards
+from evo.files import read_json
 from tests.data_cases import LETTERS, letters, of_lengths, texts
 
 words = st.lists(st.text("abcdefz", max_size=20), min_size=1, max_size=20)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from evo import Evo, EvoConfig
 from evo.core import LatentSpace, Transformer
-from evo.core.files import sha256
 from evo.core.serialization import _json_sha256
+from evo.files import sha256
 from evo.schedules import Cosine, Shifted
 from tests.conftest import generator, random_model
 
@@ -184,7 +184,7 @@ def test_weights_that_are_not_there_are_an_error(copy):
 def test_a_config_edited_by_hand_is_an_error(copy):
     file = copy / "config.json"
     file.write_text(file.read_text().replace('"base": 10000.0', '"base": 10001.0'))
-    with pytest.raises(ValueError, match=r"was altered.*load_weights"):
+    with pytest.raises(ValueError, match=r"was altered.*load_state_dict"):
         Evo.from_pretrained(copy)
 
 

@@ -279,7 +279,8 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
         ({"preset": "huge"}, "unknown preset 'huge'; known are tiny"),
         ({"overrides": {"colour": 1}}, "unknown entries .*colour"),
-        ({"length": 5000}, "held_out has .* tokens, a sequence needs 5000"),
+        ({"length": 1025}, "length is 1025, the model's context 1024"),
+        ({"length": 5000, "overrides": {**SMALL, "context": 5000}}, "held_out has .* tokens, a sequence needs 5000"),
     ],
 )
 def test_bad_options_are_named(tmp_path, changes, message):

@@ -11,7 +11,7 @@ from benchmarks.ablation.subjects import subjects
 from benchmarks.ablation.tasks import TASKS
 
 TABLE = "planning"
-DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "chain-5", "countdown-3")
+DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "total-first-12", "chain-5", "countdown-3")
 
 
 def main() -> None:

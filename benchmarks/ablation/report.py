@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks._harness import table
 from benchmarks.ablation.run import Places
 from benchmarks.ablation.scoring import SUREST_FIRST, WRITTEN_AT
-from evo.core.files import write_text
+from evo.files import write_text
 
 Result = Mapping[str, Any]
 

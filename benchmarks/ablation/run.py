@@ -21,7 +21,7 @@ from benchmarks.ablation.sizes import SIZES
 from benchmarks.ablation.training import Plan, Trained, build, fit
 from benchmarks.ablation.variants import VARIANTS
 from evo import Evo
-from evo.core.files import write_json
+from evo.files import write_json
 from evo.training import CurriculumConfig
 from evo.training.curriculum import PATHS
 

@@ -33,7 +33,7 @@ from evo.training.curriculum import PATHS
 from evo.training.seeds import Purpose, generator
 
 TABLE, GRID = "steps", "grid"
-DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "chain-5")
+DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "total-first-12", "chain-5")
 LEVELS: Mapping[str, float | None] = {"own": None, "1": 1.0}
 STEPS = (1, 2, 5, 10, 20, 40)
 GRID_STEPS = (5, 10, 20)

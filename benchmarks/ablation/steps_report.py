@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks._harness import table
 from benchmarks.ablation.report import Result, commands, grouped, heading, kind, named, over_seeds, results
-from evo.core.files import write_text
+from evo.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from benchmarks.ablation.options import curriculum_of, places
 from benchmarks.ablation.run import Places, Row, command, kept, run, trained_model
 from benchmarks.ablation.tasks import TASKS
 from evo import Evo
-from evo.core.files import write_json
+from evo.files import write_json
 
 JUDGE_SEED = 1000
 

@@ -22,7 +22,7 @@ from benchmarks.ablation.flops import counter
 from benchmarks.ablation.sizes import Size
 from benchmarks.ablation.variants import Phase, Variant
 from evo import Evo
-from evo.core.files import write_json
+from evo.files import write_json
 from evo.training import Checkpointer, CurriculumConfig, learning_rate
 from evo.training.curriculum import PATHS, objective
 from evo.training.optimizer import step_if

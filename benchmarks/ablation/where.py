@@ -29,7 +29,7 @@ from evo.core.contract import as_batch
 from evo.training.seeds import Purpose, generator
 
 TABLE = "where"
-DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "chain-5")
+DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "total-first-12", "chain-5")
 BINS = 10
 
 

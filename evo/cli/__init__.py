@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,8 +26,21 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command named by the first of `arguments` (by default the process's own); returns the exit status.
 
-    Mistakes of the caller end with one line and status 2; with EVO_TRACEBACK set, with the traceback.
+    Mistakes of the caller end with one line and status 2; with EVO_TRACEBACK set, with the traceback. Where nobody reads what is printed
+    any more (`evo generate | head`) the status is 141, as of other programs.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still to be flushed when the process ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
@@ -54,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"evo {name}", str(told), status=PREEMPTED)
     except KeyboardInterrupt:
         return _fail(f"evo {name}", "interrupted", status=130)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ArithmeticError, SolverError) as error:
         if os.environ.get("EVO_TRACEBACK"):
             raise

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from evo.training.checkpoint import averaged_model
+from evo.training.checkpoint import export_average
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Turn a checkpoint into a model that Evo.from_pretrained and evo generate read.
+    """Turn a checkpoint into a model that Evo.from_pretrained and evo generate read; one composed by hand, into what load_weights reads.
 
     Takes the averaged weights of a checkpoint written by any number of processes. The run may go on meanwhile.
     """
@@ -28,5 +28,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Read, write, and say where."""
-    averaged_model(options.run / "checkpoints", options.step).save_pretrained(options.folder)
-    print(f"the model is in {options.folder}", file=sys.stderr)
+    config = export_average(options.run / "checkpoints", options.folder, options.step)
+    how = "" if config is not None else "; it was composed by hand: compose it again, and call its load_weights"
+    print(f"the model is in {options.folder}{how}", file=sys.stderr)

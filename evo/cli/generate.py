@@ -14,10 +14,12 @@ from tyro.conf import Positional
 
 from evo.core import Evo
 from evo.heads import FixedTimestep
-from evo.solvers import Euler, Exponential, Heun, Solver, TorchDiffEq
+from evo.solvers import Euler, Exponential, ExponentialMultistep, Heun, Midpoint, Solver, TorchDiffEq
 from evo.text import ByteTokenizer
 from evo.training.curriculum import PATHS
 from evo.training.precision import pick_device
+
+_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,11 @@ class Options:
     """Text to continue; - reads it from standard input, nothing starts from nothing."""
     model: Path
     """Folder of the model, as `evo train` leaves it in OUT/model."""
-    max_new_tokens: int = 256
-    """Tokens (bytes) to write at most."""
-    solver: Literal["euler", "heun", "exponential", "dopri5"] = "euler"
-    """How latents move along the flow."""
+    max_new_tokens: int | None = None
+    """Tokens (bytes) to write at most; by default 256, or what the model's context has room for."""
+    solver: Literal["euler", "midpoint", "heun", "exponential", "multistep", "dopri5"] | None = None
+    """How latents move along the flow, by default euler. multistep, exponential of second order, needs the fewest evaluations; dopri5
+    goes to a relative and absolute tolerance of 1e-3."""
     plan: Literal["early_stop", "late_start", "full"] = "early_stop"
     """How the refinement steps of a token are placed: finish early, finish together, or all steps for every token."""
     max_steps: int = 20
@@ -54,6 +57,10 @@ class Options:
     device: str = "auto"
     """cpu, cuda, …; auto takes an accelerator where there is one."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed is {self.seed}; needed: 0 or more, below 2^63")
+
 
 def run(options: Options) -> None:
     """Load the model, write, print."""
@@ -66,11 +73,15 @@ def run(options: Options) -> None:
             f"a vocabulary of {tokenizer.vocab_size}"
         )
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt, solver = tokenizer.encode(text)[None].to(device), options.solver or "euler"
+    most = options.max_new_tokens
+    if most is None:
+        most = min(_TOKENS, max(1, model.context - prompt.shape[1]))
     started = time.perf_counter()
     chunks = model.stream(
-        tokenizer.encode(text)[None].to(device),
-        options.max_new_tokens,
-        solver=_solver(options.solver, model),
+        prompt,
+        most,
+        solver=_solver(solver, model),
         plan=PATHS[options.plan],
         timestep_head=None if options.level is None else FixedTimestep(options.level),
         max_steps=options.max_steps,
@@ -91,10 +102,12 @@ def run(options: Options) -> None:
     print(decoder.decode(b"", final=True))
     seconds = time.perf_counter() - started
     print(
-        f"{len(levels)} tokens in {seconds:.2f} s ({len(levels) / seconds:.1f} tokens/s), {options.solver}: "
+        f"{len(levels)} tokens in {seconds:.2f} s ({len(levels) / seconds:.1f} tokens/s), {solver}: "
         f"{nfe} network evaluations of refinement, mean level {sum(levels) / len(levels):.3f}",
         file=sys.stderr,
     )
+    if options.solver is not None and nfe == 0:
+        print("no token was refined; --solver had no effect, try --level 1", file=sys.stderr)
 
 
 def _solver(name: str, model: Evo) -> Solver:
@@ -103,7 +116,11 @@ def _solver(name: str, model: Evo) -> Solver:
             return Euler()
         case "heun":
             return Heun()
+        case "midpoint":
+            return Midpoint()
         case "exponential":
             return Exponential(schedule=model.schedule)
+        case "multistep":
+            return ExponentialMultistep(schedule=model.schedule)
         case _:
             return TorchDiffEq(name, rtol=1e-3, atol=1e-3)

@@ -17,6 +17,8 @@ from evo.training import RECIPES, TrainConfig, train
 class Options(TrainConfig):
     __doc__ = TrainConfig.__doc__
 
+    data: Path = Path()
+    """File or folder of text, or a folder made by `evo prepare`."""
     recipe: Literal["laptop", "paper"] = "laptop"
     """What options are that are not given: those of a small model on one machine, or those of the paper for the preset."""
 

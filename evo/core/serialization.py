@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evo._version import __version__
+from evo.core.composition import composition, differences, shared_tensors
 from evo.core.config import EvoConfig
-from evo.core.files import read_json, sha256, sync, write_json
 from evo.core.shards import Shards
 from evo.core.sizes import blueprint
 from evo.core.transformer import Transformer
+from evo.files import read_json, sha256, sync, write_json
 from evo.schedules import from_config
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ _WEIGHTS = r"model-[0-9a-f]{12}\.safetensors"
 def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
     """Write weights and config to a directory, which is made if it is not there.
 
+    The config is that of the model as it is now. Where no config builds such a model, what it is made of is written instead, and it is
+    loaded into one composed alike. A tensor that has several names is written once.
+
     Raises:
         ValueError: for a model of which this process has but some blocks.
     """
@@ -46,6 +51,16 @@ def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
             "this process has only some of the model's blocks, the others are in other pipeline stages: save a checkpoint, "
             "which all stages write together, and export that"
         )
+    write_pretrained(path, _each_alone(model), current_config(model), composition(model))
+
+
+def write_pretrained(
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Tensor],
+    config: EvoConfig | None,
+    composed: Mapping[str, str],
+) -> None:
+    """Write a model that is not built here: its tensors, each under its first name alone; its config; and its composition."""
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / f".{secrets.token_hex(8)}.tmp"
@@ -53,31 +68,48 @@ def save_pretrained(model: Evo, path: str | os.PathLike[str]) -> None:
         # safetensors makes files that nobody else may read; a model gets the permissions of any other new file.
         scratch.touch()
         mode = scratch.stat().st_mode
-        save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, scratch)
+        save_file(dict(weights), scratch)
         scratch.chmod(mode)
         digest = sha256(scratch)
-        weights = f"model-{digest[:12]}.safetensors"
+        name = f"model-{digest[:12]}.safetensors"
         sync(scratch)
-        os.replace(scratch, directory / weights)
-        config = None if model.config is None else model.config.to_json()
+        os.replace(scratch, directory / name)
+        described = dict(composed) if config is None else config.to_json()
         manifest = {
             "format": FORMAT,
             "evo": __version__,
-            "weights": weights,
+            "weights": name,
             "sha256": digest,
-            "config": config,
-            "config_sha256": _json_sha256(config),
+            "config": None if config is None else described,
+            "composition": described if config is None else None,
+            "config_sha256": _json_sha256(described),
         }
         write_json(directory / "config.json", manifest)
     finally:
         scratch.unlink(missing_ok=True)
     for old in directory.iterdir():
-        if old.name != weights and re.fullmatch(_WEIGHTS, old.name):
+        if old.name != name and re.fullmatch(_WEIGHTS, old.name):
             old.unlink()
 
 
+def current_config(model: Evo) -> EvoConfig | None:
+    """The config that builds a model such as this one is now; None where there is none, since parts were composed or replaced by hand."""
+    if model.config is None:
+        return None
+    config, schedule = replace(model.config, context=model.context), model.schedule.config()
+    if from_config(config.schedule).config() != schedule:
+        config = replace(config, schedule=schedule)
+    try:
+        with torch.device("meta"):
+            built = config.build()
+    except ValueError:  # a schedule of one's own
+        return None
+    alike = composition(built) == composition(model) and _shapes(built) == _shapes(model)
+    return config if alike else None
+
+
 def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Evo:
-    """The model of a directory, or its weights put into a model composed alike.
+    """The model of a directory, or its weights put into a model composed alike: of the same parts with the same options, see `composition`.
 
     What the config asks for is compared with what the header of the weights announces, and that with the size of the file, before
     anything is built or read: a config cannot ask for memory that the file does not fill.
@@ -88,25 +120,32 @@ def load_pretrained(path: str | os.PathLike[str], into: Evo | None = None) -> Ev
     """
     directory = Path(path)
     manifest = _read_manifest(directory)
-    if into is None and manifest["config"] is None:
+    config = None if manifest["config"] is None else EvoConfig.from_json(manifest["config"])
+    if into is None and config is None:
         raise ValueError(
-            f"the model in {directory} was composed by hand: compose it again and call its load_weights({str(directory)!r})"
+            f"the model in {directory} was composed by hand, or parts of it were replaced: "
+            f"compose it again and call its load_weights({str(directory)!r})"
         )
     weights = directory / manifest["weights"]
     shards = Shards.open(directory, weights.name)
-    if into is not None:
-        _check_same(into.state_dict(), shards, weights)
+    if config is not None:
+        if config.depth > len(shards.shapes):
+            raise ValueError(
+                f"{weights} holds {len(shards.shapes)} tensors, config.json asks for {config.depth} blocks: the weights of another model"
+            )
+        _check_same(blueprint(config), shards, weights)
+    if into is None:
+        assert config is not None
         _check_digest(weights, manifest["sha256"])
-        into.load_state_dict({name: shards.read(name) for name in shards})
-        return into.eval()
-    config = EvoConfig.from_json(manifest["config"])
-    if config.depth > len(shards.shapes):
-        raise ValueError(
-            f"{weights} holds {len(shards.shapes)} tensors, config.json asks for {config.depth} blocks: the weights of another model"
-        )
-    _check_same(blueprint(config), shards, weights)
+        return assemble(config, {name: shards.read(name) for name in shards})
+    again = shared_tensors(into)
+    _check_same({name: tensor for name, tensor in into.state_dict().items() if name not in again}, shards, weights)
+    if wrong := differences(manifest["composition"] if config is None else _composed(config), composition(into)):
+        raise ValueError(f"{directory} holds a model that was composed otherwise: {wrong}. Compose this one alike")
     _check_digest(weights, manifest["sha256"])
-    return assemble(config, {name: shards.read(name) for name in shards})
+    found = {name: shards.read(name) for name in shards}
+    into.load_state_dict(found | {name: found[first] for name, first in again.items()})
+    return into.eval()
 
 
 def assemble(config: EvoConfig, weights: Mapping[str, Tensor]) -> Evo:
@@ -125,27 +164,56 @@ def assemble(config: EvoConfig, weights: Mapping[str, Tensor]) -> Evo:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
+    # The folder of a run has a config.json of its own, and its model in a folder within.
+    within = directory / "model"
+    hint = f"; there is a model in {within}" if (within / "config.json").is_file() else ""
     if not file.is_file():
         raise FileNotFoundError(
-            f"no model in {directory}: it has no config.json; save one there with model.save_pretrained"
+            f"no model in {directory}: it has no config.json; save one there with model.save_pretrained{hint}"
         )
     manifest = read_json(file, _CONFIG_LIMIT)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a model config of format {FORMAT}, the one this version of evo reads")
+        raise ValueError(f"{file} is not a model config of format {FORMAT}, the one this version of evo reads{hint}")
     needed = {"weights": str, "sha256": str, "config": (dict, type(None)), "config_sha256": str}
+    if manifest.get("config") is None:
+        needed["composition"] = dict
     for name, kind in needed.items():
         if not isinstance(manifest.get(name, ...), kind):
             raise ValueError(f"{file} has {name}={manifest.get(name)!r}; the file was altered or is not a model config")
-    if _json_sha256(manifest["config"]) != manifest["config_sha256"]:
+    described = manifest["composition"] if manifest["config"] is None else manifest["config"]
+    if _json_sha256(described) != manifest["config_sha256"]:
         raise ValueError(
             f"{file} is damaged or was altered: its config does not have the digest beside it. Copy it again; "
-            "to change a model, build one from an EvoConfig and give it the weights by load_weights"
+            "to change a model, load it, build the one that you want, and give that the weights by load_state_dict"
         )
     if not re.fullmatch(_WEIGHTS, manifest["weights"]):
         raise ValueError(
             f"{file} names the weights {manifest['weights']!r}; a file beside it called model-<digest>.safetensors is needed"
         )
     return manifest
+
+
+def _each_alone(model: Evo) -> dict[str, Tensor]:
+    """The tensors of a model, each once and in memory that it shares with no other."""
+    again, memory = shared_tensors(model), set()
+    found = {}
+    for name, value in model.state_dict().items():
+        if name in again:
+            continue
+        whole = value.detach().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in memory else whole
+        memory.add(place)
+    return found
+
+
+def _composed(config: EvoConfig) -> dict[str, str]:
+    with torch.device("meta"):
+        return composition(config.build())
+
+
+def _shapes(model: Evo) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _check_digest(file: Path, expected: str) -> None:

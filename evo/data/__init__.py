@@ -1,6 +1,7 @@
 """Data: texts to shards of token ids, documents packed into rows, and the batch of each step.
 
-Knows nothing of the model. Whoever trains asks a `Corpus` for rows of a step, and gets the same ones however many ranks ask.
+Knows nothing of the model, and imports nothing of `evo.core`. Whoever trains asks a `Corpus` for rows of a step, and gets the same ones
+however many ranks ask.
 """
 
 from evo.data.corpus import Corpus, open_corpus

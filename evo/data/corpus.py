@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from evo.core.files import write_json
 from evo.data.encoding import BYTES, Encoding
 from evo.data.order import epoch_key, permuted
 from evo.data.packing import CONTIGUOUS, PACKINGS, Packed, Packing, Rows, fill
 from evo.data.shards import MANIFEST, TokenShards
 from evo.data.sources import CorpusConfig, survey
 from evo.data.writing import SHARD_BYTES, write_shards
+from evo.files import write_json
 
 _SOURCE = "source.json"
 
@@ -136,7 +136,7 @@ class Corpus:
 
 
 def open_corpus(
-    source: Path,
+    source: Path | None,
     cache: Path,
     config: CorpusConfig,
     *,
@@ -152,8 +152,10 @@ def open_corpus(
 
     Raises:
         FileNotFoundError: where `source` is not there.
-        ValueError: where it holds no text, or was prepared and is not whole.
+        ValueError: where it is None or holds no text, or was prepared and is not whole.
     """
+    if source is None:
+        raise ValueError("there is no data: name a file or folder of text, or one that `evo prepare` made")
     packing = PACKINGS[config.packing]
     if prepared(source):
         return Corpus.open(source, packing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
 
 import numpy as np
@@ -20,12 +21,13 @@ class Encoding:
     Args:
         encode: one text -> its ids, without specials: a sequence of ints or a 1-D array.
         vocabulary: V; ids lie in [0, V).
-        bos: id that begins every document.
+        bos: id that begins every document; a tokenizer without one lends its eos.
         eos: id that ends it; None is no such token.
         fingerprint: names the tokenizer, so that data and models that do not belong together are told apart.
         errors: what becomes of bytes in files that are no UTF-8: "replace", or "surrogateescape" for an `encode` that takes it back.
 
     Raises:
+        TypeError: for an `encode` that cannot be called, a `bos` that is no int, or an `eos` that is neither int nor None.
         ValueError: for a vocabulary that its own special ids do not fit, or that uint32 does not hold.
     """
 
@@ -37,6 +39,11 @@ class Encoding:
     errors: Literal["replace", "surrogateescape"] = "replace"
 
     def __post_init__(self) -> None:
+        if not callable(self.encode):
+            raise TypeError(f"encode is {self.encode!r}; a function from a text to its ids is needed")
+        for name, kinds in (("bos", int), ("eos", (int, NoneType))):
+            if not isinstance(token := getattr(self, name), kinds):
+                raise TypeError(f"{name} is {token!r}; the id of a token is needed{', or None' * (name == 'eos')}")
         if not 1 <= self.vocabulary <= 1 << 32:
             raise ValueError(f"a vocabulary of {self.vocabulary} entries; ids are stored in 32 bits at most")
         for name, token in (("bos", self.bos), ("eos", self.eos)):
@@ -52,10 +59,13 @@ class Encoding:
         """`bos`, the ids of a text, `eos`: (n,) of `dtype`; (0,) for a text without any id.
 
         Raises:
+            TypeError: for ids that are no integers.
             ValueError: for ids outside the vocabulary.
         """
-        ids = np.asarray(self.encode(text), np.int64)
-        if not len(ids):
+        ids = np.asarray(self.encode(text))
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"the tokenizer gave ids of type {ids.dtype}; integers are needed")
+        if not ids.size:
             return np.empty(0, self.dtype)
         low, high = ids.min(), ids.max()
         if ids.ndim != 1 or low < 0 or high >= self.vocabulary:

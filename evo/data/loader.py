@@ -99,12 +99,31 @@ def load(
         steps: in the order in which they are wanted.
         device: where batches will go; they are handed out on the CPU.
         ahead: batches that may wait.
+
+    Raises:
+        TypeError, ValueError: where its batch would have come, for what is no `Packed` of (len(rows), length).
     """
     pinned = torch.device(device).type == "cuda"
 
     def make() -> Iterator[Packed]:
         for step in steps:
-            batch = corpus.batch(seed, step, rows, total, length)
+            batch = checked(corpus.batch(seed, step, rows, total, length), len(rows), length)
             yield batch.pin_memory() if pinned else batch
 
     return Prefetch(make(), ahead=ahead)
+
+
+def checked(batch: Packed, most: int, length: int, *, least: int | None = None) -> Packed:
+    """A batch that somebody's data gave, if it has from `least` (by default as many) to `most` rows of `length` tokens.
+
+    Raises:
+        TypeError, ValueError: otherwise.
+    """
+    if not isinstance(batch, Packed):
+        raise TypeError(f"the data gave a batch of type {type(batch).__name__}; an evo.data.Packed is needed")
+    rows, tokens = batch.tokens.shape
+    least = most if least is None else least
+    if not least <= rows <= most or tokens != length:
+        needed = f"{most}" if least == most else f"{least} to {most}"
+        raise ValueError(f"the data gave a batch of shape {(rows, tokens)}; needed: {needed} rows of {length} tokens")
+    return batch

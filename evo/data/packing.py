@@ -27,17 +27,34 @@ class Packed:
     Attributes:
         tokens: ids, (R, N) int64; behind the last document of a row, its bos.
         documents: to which document of its row each token belongs, (R, N) int64: 0, 1, …; the padding behind them is one more.
-        loss_mask: bool (R, N), False at padding.
+        loss_mask: bool (R, N), what is scored. A token that is not scored and stands before one that is, as a question before its
+            answer, is text that the model reads; what stands behind the last one is padding, which nobody sees.
+
+    Raises:
+        TypeError, ValueError: for anything but three tensors of these dtypes and of one shape, with at least one row and one token.
     """
 
     tokens: Tensor
     documents: Tensor
     loss_mask: Tensor
 
+    def __post_init__(self) -> None:
+        for name, dtype in (("tokens", torch.int64), ("documents", torch.int64), ("loss_mask", torch.bool)):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype != dtype:
+                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} of a batch is {given}; a tensor (rows, length) of {dtype} is needed")
+            if value.dim() != 2 or not value.numel() or value.shape != self.tokens.shape:
+                raise ValueError(
+                    f"{name} of a batch has shape {tuple(value.shape)} beside tokens {tuple(self.tokens.shape)}; "
+                    "needed: (rows, length) for all, with at least one row and one token"
+                )
+
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row that are no padding, (R,) int64."""
-        return self.loss_mask.sum(1)
+        """Tokens of each row up to the last one that is scored, (R,) int64, at least 1."""
+        places = torch.arange(1, self.loss_mask.shape[1] + 1, device=self.loss_mask.device)
+        return (places * self.loss_mask).amax(1).clamp(min=1)
 
     def rows(self, chosen: Tensor | slice) -> Packed:
         """Some of the rows."""

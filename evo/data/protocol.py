@@ -11,7 +11,10 @@ from evo.data.packing import Packed
 
 
 class Data(Protocol):
-    """Rows to train on and rows held out; `Corpus` is one."""
+    """Rows to train on and rows held out; `Corpus` is one.
+
+    What a batch has to be is said by `Packed`, which also says which tokens are scored.
+    """
 
     @property
     def fingerprint(self) -> str:
@@ -20,15 +23,15 @@ class Data(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """V: ids lie in [0, V). A model may have more entries, and none fewer."""
         ...
 
     def batch(self, seed: int, step: int, rows: Sequence[int], total: int, length: int) -> Packed:
-        """Some rows of the whole batch of a step, a pure function of its arguments."""
+        """Some rows, indices in [0, total), of the whole batch of a step: (len(rows), length), a pure function of its arguments."""
         ...
 
     def held_out_batch(self, count: int, length: int) -> Packed:
-        """At most `count` rows to evaluate on, always the same ones."""
+        """At most `count` rows, and at least one, to evaluate on: (S, length), always the same ones."""
         ...
 
     def text_bytes(self, tokens: Tensor, *, held_out: bool = False) -> float:

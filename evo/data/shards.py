@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from evo.core.files import read_json, sha256, write_json
 from evo.data.encoding import Encoding
+from evo.files import read_json, sha256, write_json
 
 MANIFEST = "shards.json"
 END = np.dtype("<i8")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evo.core.files import sync
 from evo.data.encoding import Encoding
 from evo.data.shards import END, MANIFEST, Shard, TokenShards, write_manifest
+from evo.files import sync
 
 SHARD_BYTES = 64 << 20
 """Text in a shard, unless told otherwise."""
@@ -56,7 +56,7 @@ class FilePart:
 def write_shards(
     texts: Iterable[str | FilePart],
     encoding: Encoding,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
@@ -68,7 +68,7 @@ def write_shards(
     a kill leaves is never taken for data.
 
     Args:
-        texts: may be longer than memory; those of `2 * workers` shards are held at a time.
+        texts: each a document; may be longer than memory; those of `2 * workers` shards are held at a time.
         encoding: see `Encoding`; with several workers it is pickled.
         folder: made if it is not there.
         workers: processes; 1 is this one.
@@ -76,8 +76,12 @@ def write_shards(
         report: called with the bytes in UTF-8 of each shard that is done.
 
     Raises:
+        TypeError: for one text in place of several.
         ValueError: for no text at all, or fewer than one worker or one byte a shard; and what reading and encoding raise.
     """
+    if isinstance(texts, (str, bytes, FilePart)):
+        raise TypeError(f"texts is one {type(texts).__name__}; give a list of texts, of which each becomes a document")
+    folder = Path(folder)
     if workers < 1 or shard_bytes < 1:
         raise ValueError(f"workers is {workers} and shard_bytes {shard_bytes}; both must be at least 1")
     folder.mkdir(parents=True, exist_ok=True)

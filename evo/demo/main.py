@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evo.core import Evo, Generation, evaluate
-from evo.core.files import write_json
 from evo.data import Corpus, CorpusConfig, open_corpus
 from evo.demo.config import DemoConfig
 from evo.demo.page import write_page
 from evo.demo.picture import draw_levels
+from evo.files import write_json
 from evo.heads import EntropyTimestep
 from evo.schedules import Path as LevelPath
 from evo.schedules import early_stop

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from evo.core import Generation
-from evo.core.files import write_text
 from evo.demo.picture import visible
+from evo.files import write_text
 from evo.text import BOS
 
 

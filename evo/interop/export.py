@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evo.core import Evo
-from evo.core.files import sync, write_json
+from evo.files import sync, write_json
 from evo.heads import LinearReadout, Readout, TiedReadout
 from evo.interop.families import FAMILIES
 

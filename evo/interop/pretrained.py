@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from evo.core import Evo, EvoConfig
-from evo.core.files import read_json
 from evo.core.pretrained import PretrainedEmbed, PretrainedVocabulary
 from evo.core.shards import Shards
 from evo.core.sizes import blueprint
+from evo.files import read_json
 from evo.heads import TimestepHead
 from evo.interop.entries import Entries
 from evo.interop.families import Family, Layout, family_of

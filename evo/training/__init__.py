@@ -1,6 +1,6 @@
 """Training: the loop and what it needs."""
 
-from evo.training.checkpoint import Checkpointer, CheckpointError, SaveError, averaged_model
+from evo.training.checkpoint import Checkpointer, CheckpointError, SaveError, averaged_model, export_average
 from evo.training.config import CurriculumConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from evo.training.guard import HUNG, PREEMPTED, Preempted
 from evo.training.launch import launched
@@ -27,6 +27,7 @@ __all__ = [
     "Trainer",
     "adamw",
     "averaged_model",
+    "export_average",
     "launched",
     "learning_rate",
     "train",

@@ -16,14 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evo.core import Evo, EvoConfig
-from evo.core.files import sync
-from evo.core.serialization import assemble
+from evo.core.composition import differences, second_names
+from evo.core.serialization import assemble, write_pretrained
+from evo.files import sync
 from evo.training.manifest import (
     CheckpointError,
     FormatError,
@@ -34,10 +34,10 @@ from evo.training.manifest import (
     remove_leftovers,
 )
 from evo.training.peers import Peers
-from evo.training.state import TrainState, unwrapped
+from evo.training.state import TrainState
 from evo.training.storage import Layout, Table, file_name, read, write
 
-__all__ = ["CheckpointError", "Checkpointer", "SaveError", "averaged_model", "checkpoints"]
+__all__ = ["CheckpointError", "Checkpointer", "SaveError", "averaged_model", "checkpoints", "export_average"]
 
 
 class SaveError(OSError):
@@ -51,14 +51,21 @@ class Checkpointer:
 
     Args:
         folder: of the checkpoints; made where it is not there.
-        keep: how many, the latest, are kept.
+        keep: how many, the latest, are kept; at least 1.
         background: write while training goes on. The state is copied to memory of the CPU (each rank copies what it writes,
             and keeps that memory), the rest happens in a thread; at most one save is under way, the next waits for it.
         timeout: how long a rank waits for the others; None is the default of `torch.distributed`.
+
+    Raises:
+        ValueError: for fewer than one to keep.
     """
 
-    def __init__(self, folder: Path, *, keep: int, background: bool = True, timeout: timedelta | None = None) -> None:
-        self.folder, self.keep, self.background = folder, keep, background
+    def __init__(
+        self, folder: str | os.PathLike[str], *, keep: int, background: bool = True, timeout: timedelta | None = None
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; needed: 1 or more checkpoints, the latest")
+        self.folder, self.keep, self.background = Path(folder), keep, background
         self._peers = Peers(timeout)
         self._layout = Layout(self._peers)
         self._staged: dict[str, Tensor] = {}
@@ -79,7 +86,8 @@ class Checkpointer:
             rejected=int(state.rejected),
             corpus=corpus,
             world=self._peers.count,
-            config=_config(state.model),
+            config=None if state.config is None else state.config.to_json(),
+            composition=state.composition,
             files={},
             tensors={},
         )
@@ -96,7 +104,7 @@ class Checkpointer:
         many ranks read as wrote.
 
         Raises `CheckpointError` where all are damaged (they stay where they are), where the corpus is another one, or where
-        the model has other parameters.
+        the model has other parameters or is composed otherwise.
         """
         self._settle()
         self._peers.from_first(lambda: remove_leftovers(self.folder))
@@ -196,6 +204,10 @@ class Checkpointer:
     def _load(self, path: Path, manifest: Manifest, state: TrainState) -> None:
         saved = manifest.tensors
         self._peers.agree(lambda: _needed(state), lambda needed: _check_same(path, saved, needed))
+        if wrong := differences(manifest.composition, state.composition):
+            raise CheckpointError(
+                f"{path} holds a model that was composed otherwise: {wrong}. Compose this one alike, or give a new --out"
+            )
         state.begin_moments({name: (entry.shape, entry.dtype) for name, entry in saved.items()})
         targets = state.tensors()
         random: dict[str, Tensor] = {}
@@ -213,7 +225,7 @@ class Checkpointer:
         state.rejected.fill_(manifest.rejected)
 
 
-def averaged_model(folder: Path, step: int | None = None) -> Evo:
+def averaged_model(folder: str | os.PathLike[str], step: int | None = None) -> Evo:
     """The averaged model, in evaluation mode, of a checkpoint in `folder`, read by this process alone: that of `step`, or the latest whole.
 
     Nothing in `folder` is changed; a damaged checkpoint that is passed over is a warning.
@@ -222,6 +234,37 @@ def averaged_model(folder: Path, step: int | None = None) -> Evo:
         FileNotFoundError: where there is no such checkpoint.
         CheckpointError: where it is damaged, or where its model was composed by hand.
     """
+    path, manifest, weights = _average(Path(folder), step)
+    if manifest.config is None:
+        raise CheckpointError(
+            f"the model in {path} was composed by hand and cannot be built from its checkpoint: "
+            "use export_average (evo export), compose the model again, and call its load_weights"
+        )
+    return assemble(EvoConfig.from_json(manifest.config), weights)
+
+
+def export_average(
+    folder: str | os.PathLike[str], path: str | os.PathLike[str], step: int | None = None
+) -> EvoConfig | None:
+    """Write the model of `averaged_model` to a directory, also one composed by hand, which is not built for it.
+
+    Returns:
+        Its config, by which `Evo.from_pretrained` reads the directory; None where `load_weights` of a model composed alike does.
+
+    Raises:
+        FileNotFoundError: where there is no such checkpoint.
+        CheckpointError: where it is damaged.
+    """
+    _, manifest, weights = _average(Path(folder), step)
+    config = None if manifest.config is None else EvoConfig.from_json(manifest.config)
+    for name in second_names(manifest.composition):
+        del weights[name]
+    write_pretrained(path, weights, config, manifest.composition)
+    return config
+
+
+def _average(folder: Path, step: int | None) -> tuple[Path, Manifest, dict[str, Tensor]]:
+    """A checkpoint, and the averaged weights in it, whole."""
     if step is None:
         found, damaged = _newest(folder, Peers(alone=True))
         for error in damaged.values():
@@ -235,20 +278,13 @@ def averaged_model(folder: Path, step: int | None = None) -> Evo:
             f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}; it has {there}"
         )
     path, manifest = found
-    if manifest.config is None:
-        raise CheckpointError(
-            f"the model in {path} was composed by hand and cannot be built from its checkpoint: "
-            "compose it again, restore the checkpoint, and call save_pretrained"
-        )
     weights = {
         name: torch.empty(entry.shape, dtype=entry.dtype)
         for name, entry in manifest.tensors.items()
         if name.startswith("ema/")
     }
     read(path, manifest.tensors, weights)
-    return assemble(
-        EvoConfig.from_json(manifest.config), {name.removeprefix("ema/"): weight for name, weight in weights.items()}
-    )
+    return path, manifest, {name.removeprefix("ema/"): weight for name, weight in weights.items()}
 
 
 def _newest(folder: Path, peers: Peers) -> tuple[tuple[Path, Manifest] | None, dict[Path, CheckpointError]]:
@@ -305,11 +341,6 @@ def _check_same(path: Path, saved: Table, needed: Sequence[Mapping[str, tuple[tu
         raise CheckpointError(
             f"{path} holds a model of another shape: {'; '.join(wrong[:4])}, {len(wrong)} such in all"
         )
-
-
-def _config(model: nn.Module) -> dict[str, Any] | None:
-    inner = unwrapped(model)
-    return None if not isinstance(inner, Evo) or inner.config is None else inner.config.to_json()
 
 
 def _device(state: TrainState) -> torch.device:

@@ -156,7 +156,7 @@ class TrainConfig:
     command continues a run that was cut off, and on as many ranks the result is the same to the last bit.
     """
 
-    data: Path
+    data: Path | None = None
     """File or folder of text, or a folder made by `evo prepare`."""
     out: Path = Path("runs/evo")
     """Folder of the run; for ranks on several machines, on a file system that they share."""
@@ -202,10 +202,13 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        for name in ("data", "out"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, Path(given))
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _check(self.length >= 2, "length", self.length, "2 or more tokens")
-        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more, below 2^63")
         _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
         _check(self.timeout > 0, "timeout", self.timeout, "a positive number of seconds")
         _check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "a positive rate")

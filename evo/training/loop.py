@@ -11,20 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from evo.core import Evo, Objective, evaluate
-from evo.core.files import write_json
+from evo.core import ClockDensity, Evo, Extremes, Objective, evaluate
 from evo.data import Corpus, Data, Packed, load, open_corpus
-from evo.training.checkpoint import Checkpointer, averaged_model, checkpoints
+from evo.data.loader import checked
+from evo.files import write_json
+from evo.training import curriculum
+from evo.training.checkpoint import Checkpointer, checkpoints, export_average
 from evo.training.config import OptimizerConfig, TrainConfig, differences
-from evo.training.curriculum import PATHS, objective
 from evo.training.flops import Flops
 from evo.training.guard import Delayed, Preempted, Suspects, Termination, Watch
 from evo.training.launch import launched
 from evo.training.metrics import Meter, MetricsLog, memory_bytes
 from evo.training.optimizer import adamw, learning_rate
-from evo.training.parallel import bare, gathered, parallelize
+from evo.training.parallel import gathered, parallelize
 from evo.training.peers import Peers
 from evo.training.precision import peak_flops, pick_device, width
 from evo.training.progress import Progress
@@ -34,6 +34,11 @@ from evo.training.step import Share, report, train_step
 
 _NAMED = 4
 """Sequences that are named where more of them spoil a step."""
+_GIVEN = "none, the model was given"
+"""The preset of such a run in its config.json."""
+
+Asked = Callable[[int, ClockDensity, Extremes], Objective]
+"""What a step (from 0) asks of the model, given what the run has found so far of the clock and of the extremes of the level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +82,20 @@ class Trainer:
         model: whole; by default built from the preset.
         data: by default the corpus at `config.data`.
         device: of this rank; by default that of the config.
-        optimizer: makes the optimizer of the model as it is called in training, maybe in shards. It must be one of those of torch that
-            take `found_inf` (`fused=True`), by which a step is left out without waiting for the device.
+        optimizer: makes the optimizer of the model as it is called in training, maybe in shards. Adam and AdamW with `fused=True`
+            leave a step out without waiting for the device; any other waits for it at every step.
         rate: learning rate of a step (from 0).
+        objective: what a step asks of the model; by default the curriculum of the config. A run that goes on must be given the same.
         after_step: called with the trainer after every step, on every rank.
 
     Attributes:
         state: what a step changes; `state.model` is what is called.
         share: which rows are this rank's.
         log: where figures go.
+
+    Raises:
+        ValueError, TypeError: for data that the model cannot read: more entries of the vocabulary, longer sequences than its context, or
+            batches that are none; and as `train` does.
     """
 
     def __init__(
@@ -95,27 +105,34 @@ class Trainer:
         model: Evo | None = None,
         data: Data | None = None,
         device: torch.device | None = None,
-        optimizer: Callable[[nn.Module, OptimizerConfig], torch.optim.AdamW] = adamw,
+        optimizer: Callable[[nn.Module, OptimizerConfig], torch.optim.Optimizer] = adamw,
         rate: Callable[[int], float] | None = None,
+        objective: Asked | None = None,
         after_step: Sequence[Callable[[Trainer], None]] = (),
     ) -> None:
         self.config, self.after_step = config, after_step
         self.rate = rate or (lambda step: learning_rate(config.optimizer, step, config.steps))
+        self.objective: Asked = objective or (
+            lambda step, clock, extremes: curriculum.objective(config.curriculum, step, config.steps, clock, extremes)
+        )
         self.device = device = pick_device(config.device) if device is None else device
         peers = Peers(timedelta(seconds=config.timeout))
         self.first, self.ranks = peers.first, peers.count
         parallel = config.over(peers.count)
         mesh = parallel.mesh(device.type)
         self.share = Share.of(config, mesh)
-        peers.from_first(lambda: _check_same_run(config))
+        described = config.to_json() | ({} if model is None else {"preset": _GIVEN, "overrides": {}})
+        peers.from_first(lambda: _check_same_run(config, described))
         # The first rank tokenizes what the others then find.
         if data is None:
             peers.from_first(lambda: _opened(config).fingerprint)
         self.data: Data = _opened(config) if data is None else data
-        self.held_out = self.data.held_out_batch(config.evaluation.sequences, config.length)
         if model is None:
             torch.manual_seed(config.seed)
             model = Evo.from_preset(config.preset, vocab_size=self.data.vocabulary, **config.overrides)
+        _check_fits(model, self.data, config)
+        rows = config.evaluation.sequences
+        self.held_out = checked(self.data.held_out_batch(rows, config.length), rows, config.length, least=1)
         self.state = TrainState.begin(
             model.to(device),
             config.optimizer,
@@ -127,7 +144,7 @@ class Trainer:
         if self.first:
             # Where the data were prepared before, nobody has made it yet.
             config.out.mkdir(parents=True, exist_ok=True)
-            write_json(config.out / "config.json", config.to_json())
+            write_json(config.out / "config.json", described)
         peers.close()
         self.log = MetricsLog(
             config.out / "metrics.jsonl" if self.first else None,
@@ -196,7 +213,7 @@ class Trainer:
             state,
             self.share,
             next(batches),
-            objective(config.curriculum, state.step, config.steps, state.clock, state.extremes),
+            self.objective(state.step, state.clock, state.extremes),
             rate=self.rate(state.step),
             text_bytes=self.data.text_bytes,
             told=told,
@@ -224,10 +241,11 @@ class Trainer:
                     model,
                     rows.tokens,
                     levels,
+                    lengths=rows.lengths,
                     documents=rows.documents,
                     loss_mask=rows.loss_mask,
                     progress=config.progress and self.first,
-                    path=PATHS[config.curriculum.path],
+                    path=curriculum.PATHS[config.curriculum.path],
                     clock_values=config.evaluation.clock_values,
                     batch_size=config.evaluation.batch_size,
                     # The same noise every time: what changes between evaluations is the model.
@@ -255,7 +273,7 @@ class Trainer:
                     f"loss or gradient has not been finite for {rejected} steps in a row, up to step {state.step}; {blamed}. "
                     "Look at these sequences; or start a new run with a lower learning rate, or in fp32"
                 )
-        asked = objective(config.curriculum, state.step - 1, config.steps)
+        asked = self.objective(state.step - 1, state.clock, state.extremes)
         return {
             **report(sums, counted),
             "tokens_per_second": speed * config.batch_size * config.length,
@@ -278,7 +296,7 @@ class Trainer:
 
     def _utilisation(self, asked: Objective, speed: float) -> float | None:
         """Share of what the devices of all ranks could compute at most; None for a model whose operations nobody has counted."""
-        config, made_of = self.config, bare(self.state.model).config
+        config, made_of = self.config, self.state.config
         if self._peak is None or made_of is None:
             return None
         recomputed = config.parallel.recompute == "full"
@@ -289,11 +307,9 @@ class Trainer:
 
     def _export(self) -> None:
         """The averaged weights, whole, to `out`/model; all ranks wait for it."""
-        model, out = bare(self.state.ema.model), self.config.out
         if self.first:
-            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-                model = averaged_model(out / "checkpoints", self.state.step)
-            model.save_pretrained(out / "model")
+            # From the checkpoint, which has it whole, however it is spread here.
+            export_average(self.saved.folder, self.config.out / "model", self.state.step)
         if self.share.mesh is not None:
             dist.barrier()
 
@@ -302,11 +318,25 @@ def _opened(config: TrainConfig) -> Corpus:
     return open_corpus(config.data, config.out / "data", config.corpus, progress=config.progress)
 
 
-def _check_same_run(config: TrainConfig) -> None:
+def _check_fits(model: Evo, data: Data, config: TrainConfig) -> None:
+    """Raises `ValueError` where the model has too few entries for the data, or too short a context."""
+    entries = model.latent_space.vocab_size
+    if data.vocabulary > entries:
+        raise ValueError(
+            f"the data have a vocabulary of {data.vocabulary}, the model has {entries} entries: "
+            "build it with as many, or take its tokenizer"
+        )
+    if config.length > model.context:
+        raise ValueError(
+            f"length is {config.length}, the model's context {model.context}: ask for shorter sequences, or build it with a longer context"
+        )
+
+
+def _check_same_run(config: TrainConfig, described: Mapping[str, Any]) -> None:
     """Raises `ValueError` where `out` has checkpoints made with options that lead to other weights."""
     known = config.out / "config.json"
     if checkpoints(config.out / "checkpoints") and known.exists():
-        changed = differences(json.loads(known.read_text(encoding="utf-8")), config.to_json())
+        changed = differences(json.loads(known.read_text(encoding="utf-8")), described)
         if changed:
             raise ValueError(
                 f"{config.out} holds a run with other options: {'; '.join(changed)}. "

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from evo.core.files import read_json, sha256, write_text
+from evo.files import read_json, sha256, write_text
 from evo.training.storage import Entry, Table
 
-FORMAT = 3
+FORMAT = 4
 _FILE = "checkpoint.json"
 _LIMIT = 1 << 28  # bytes; three thousand tensors over 256 ranks need some 40 MB
 
@@ -32,6 +32,7 @@ class Manifest:
         corpus: fingerprint of the data.
         world: ranks that wrote it.
         config: of the model, as `EvoConfig.to_json`; None for one composed by hand.
+        composition: what the model is made of, by the names of its modules.
         files: SHA-256 of every file, by name.
         tensors: where each is.
     """
@@ -42,6 +43,7 @@ class Manifest:
     corpus: str
     world: int
     config: Mapping[str, Any] | None
+    composition: Mapping[str, str]
     files: Mapping[str, str]
     tensors: Table
 

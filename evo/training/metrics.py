@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evo.core.files import write_text
+from evo.files import write_text
 
 
 class MetricsLog:

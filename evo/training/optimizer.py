@@ -37,26 +37,31 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
-def step_if(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """One step where the 0-dim bool `finite` holds; otherwise weights, moments and step count stay as they are.
 
-    The decision is made on the device, without waiting for it: fused AdamW reads `found_inf` (set by gradient scalers).
+    Fused Adam and AdamW decide on the device, by the `found_inf` that gradient scalers set. Any other optimizer makes the host wait for
+    the device.
     """
-    optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.step()
+    # Not fused SGD: with its first step left out, it would go on from a momentum that nobody has set (torch 2.13).
+    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step `step` (from 0) of `steps`: linear up over `warmup`, then half a cosine to the floor."""
+    """The rate of step `step` (from 0) of `steps`: linear up over `warmup`, then half a cosine to the floor, where it stays."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
+    progress = min(1.0, (step - config.warmup) / max(1, steps - 1 - config.warmup))
     share = config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * share
 
 
 class Ema(Generic[Model]):
-    """Exponential moving average of a model's parameters, held as a second model in evaluation mode.
+    """Exponential moving average of a model's parameters, held as a second model in evaluation mode; buffers are the latest.
 
     Make it of the whole model; where that is then spread over ranks, spread `model` alike.
     """
@@ -71,6 +76,8 @@ class Ema(Generic[Model]):
         decay = min(self.decay, (1 + step) / (10 + step))
         average, latest = ([_own(p) for p in each.parameters()] for each in (self.model, model))
         get_ema_multi_avg_fn(decay)(average, latest, step)
+        for mine, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(buffer)
 
 
 def _own(parameter: Tensor) -> Tensor:

@@ -89,6 +89,11 @@ class ParallelConfig:
         return math.prod(self._sizes)
 
     @property
+    def touches_blocks(self) -> bool:
+        """Whether anything here is done block by block; copies of the whole model are not."""
+        return self.world > self.replicate or self.recompute != "none" or self.compile
+
+    @property
     def _sizes(self) -> tuple[int, ...]:
         return tuple(getattr(self, name) for name in _DIMENSIONS)
 
@@ -133,13 +138,19 @@ def parallelize(
             the same dtype. None is their own. Gradients are reduced, and weights kept, in their own dtype in any case.
 
     Raises:
-        ValueError: for a mesh of other sizes, for offloading without an accelerator, and for more pipeline stages than blocks.
+        ValueError: for a mesh of other sizes, for offloading without an accelerator, for more pipeline stages than blocks, and for a
+            backbone without `blocks` where anything is to be done to them.
     """
     sizes = (1,) * len(_DIMENSIONS) if mesh is None else tuple(mesh.shape)
     if sizes != config._sizes:
         raise ValueError(f"the mesh has sizes {sizes} of {_DIMENSIONS}, the config {config._sizes}: take config.mesh()")
     if config.offload and not torch.accelerator.is_available():
         raise ValueError("offload moves weights between host and accelerator, and there is no accelerator here")
+    if config.touches_blocks and not isinstance(getattr(model.backbone, "blocks", None), nn.ModuleList):
+        raise ValueError(
+            f"{type(model.backbone).__name__} has no `blocks`, an nn.ModuleList, and {config} recomputes, compiles, or divides blocks: "
+            "give it one, or use replicate alone"
+        )
     if mesh is not None and config.world > 1:
         _agree(model)
     trained = any(parameter.requires_grad for parameter in model.parameters())
@@ -154,7 +165,7 @@ def parallelize(
         shard_tensors(model, mesh["tensor"])
     if mesh is not None and config.context > 1:
         shard_context(model, mesh["context"])
-    if trained:
+    if trained and (config.recompute != "none" or config.compile):
         _rework(model.backbone.blocks, config)
     if mesh is None or config.replicate * config.shard * config.context == 1:
         return model

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evo.core import ClockDensity, Extremes
+from evo.core import ClockDensity, Evo, EvoConfig, Extremes
+from evo.core.composition import composition
+from evo.core.serialization import current_config
 from evo.training.config import OptimizerConfig
 from evo.training.optimizer import Ema, Model, adamw
 
@@ -24,16 +26,20 @@ class TrainState:
         step: steps made, those left out among them.
         skipped: 0-dim int64 on the model's device: steps left out because loss or gradient was not finite.
         rejected: likewise, how many of them are the latest in a row.
+        composition: what the model is made of, by the names of its modules.
+        config: that builds such a model; None for one composed by hand.
     """
 
     model: nn.Module
     ema: Ema
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     clock: ClockDensity
     extremes: Extremes
     step: int
     skipped: Tensor
     rejected: Tensor
+    composition: Mapping[str, str]
+    config: EvoConfig | None
 
     @classmethod
     def begin(
@@ -42,11 +48,14 @@ class TrainState:
         config: OptimizerConfig,
         *,
         spread: Callable[[Model], nn.Module] = lambda whole: whole,
-        optimizer: Callable[[nn.Module, OptimizerConfig], torch.optim.AdamW] = adamw,
+        optimizer: Callable[[nn.Module, OptimizerConfig], torch.optim.Optimizer] = adamw,
     ) -> TrainState:
         """The state before the first step; `model` is put into training mode, and it and its average are each handed to `spread`."""
         none = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
         ema = Ema(model.train(), config.ema)
+        # Of the whole model, since a part of one says less. What is wrapped around a module comes before it, and gives way to it.
+        made_of = {_bare(name): what for name, what in composition(model).items()}
+        made_by = current_config(model) if isinstance(model, Evo) else None
         called = spread(model)
         spread(ema.model)
         return cls(
@@ -58,12 +67,17 @@ class TrainState:
             step=0,
             skipped=none,
             rejected=none.clone(),
+            composition=made_of,
+            config=made_by,
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors themselves, not copies, plain or `DTensor`, by names that no way of running them in parallel changes.
 
         `model/…`, `ema/…`, `clock/…`, `extremes/…`, and `optimizer/<kind>/<parameter>` of parameters that have had a step.
+
+        Raises:
+            TypeError: for an optimizer that remembers anything but tensors.
         """
         parts = {"model": self.model, "ema": self.ema.model, "clock": self.clock, "extremes": self.extremes}
         found = {
@@ -73,6 +87,11 @@ class TrainState:
         }
         for name, parameter in unwrapped(self.model).named_parameters():
             for kind, tensor in self.optimizer.state.get(parameter, {}).items():
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(
+                        f"{type(self.optimizer).__name__} keeps {kind!r} of a parameter as {type(tensor).__name__}, and a checkpoint "
+                        "holds tensors: take an optimizer that keeps tensors"
+                    )
                 found[f"optimizer/{kind}/{_bare(name)}"] = tensor
         return found
 

@@ -106,11 +106,12 @@ def train_step(
     step, device, mesh = state.step, state.skipped.device, share.mesh
     prompts, ends, stops = _windows(config, step, share, batch)
     coded = torch.arange(config.length) < stops[:, None]
-    scored = data_sum(coded.sum().to(device), mesh)
+    counts = coded & batch.loss_mask
+    scored = data_sum(counts.sum().to(device), mesh)
     # Ranks that share rows drop the same; for the others dropout, alone of all that is random, is not that of one process.
     torch.manual_seed(derive(config.seed, Purpose.DROPOUT, step, data_ranks(mesh)[0]))
     sums, unsound = (torch.zeros(count, dtype=torch.float64, device=device) for count in (_WIDTH, share.total))
-    sums[_SUMS.index("bytes")] = text_bytes(batch.tokens[coded])
+    sums[_SUMS.index("bytes")] = text_bytes(batch.tokens[counts])
     observed: list[Tensor] = []
     at(f"passes of step {step}")
     for rows, here in share.passes():
@@ -119,6 +120,7 @@ def train_step(
             with autocast(device, config.precision):
                 out = state.model(
                     packed.tokens,
+                    packed.loss_mask,
                     documents=packed.documents,
                     prompt_length=prompts[here].to(device),
                     lengths=ends[here].to(device),
@@ -136,7 +138,7 @@ def train_step(
             out.loss.backward()
         here_coded = coded[here].to(device)
         free = here_coded & (torch.arange(config.length, device=device) >= prompts[here].to(device)[:, None])
-        sums += _sums(out, here_coded, free)
+        sums += _sums(out, counts[here].to(device), free)
         unsound[rows.start : rows.stop] = (~out.bound.detach().isfinite().all(1)).double()
         if out.observed is not None:
             observed.append(out.observed)
@@ -192,9 +194,10 @@ def _windows(config: TrainConfig, step: int, share: Share, batch: Packed) -> tup
     return prompts, ends, ends - torch.minimum(suffixes, ends - prompts)
 
 
-def _sums(out: Output, coded: Tensor, free: Tensor) -> Tensor:
+def _sums(out: Output, scored: Tensor, free: Tensor) -> Tensor:
     """The figures of a pass: those of `_SUMS`, without bytes, and how many free levels there are in each tenth."""
     bits = torch.stack([each.detach() for each in (out.bound, out.sketch_bits, out.flow_bits, out.reconstruction)])
+    bits = torch.where(scored, bits, 0.0)
     levels = torch.where(free, out.levels.detach(), 0.0)
     tenths = (levels * LEVEL_BINS).long().clamp(max=LEVEL_BINS - 1)
     histogram = torch.zeros(LEVEL_BINS, dtype=torch.float64, device=free.device)
@@ -203,7 +206,7 @@ def _sums(out: Output, coded: Tensor, free: Tensor) -> Tensor:
         [
             out.loss.detach().double().reshape(1),
             bits.sum((1, 2), dtype=torch.float64),
-            torch.stack([coded.sum(), free.sum()]).double(),
+            torch.stack([scored.sum(), free.sum()]).double(),
             levels.sum(dtype=torch.float64).reshape(1),
             histogram.new_zeros(1),
             histogram,

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
-from evo.core.files import sha256, sync
 from evo.core.shards import DTYPES
+from evo.files import sha256, sync
 from evo.training.peers import Peers
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -34,8 +34,8 @@ TASKS: Mapping[str, Task] = {
     "chain-3": ArithmeticChain(steps=3),
     "chain-5": ArithmeticChain(steps=5),
     "chain-8": ArithmeticChain(steps=8),
-    "total-first-8": TotalFirst(terms=8, modulus=10),
     "total-first-6": TotalFirst(terms=6, modulus=5),
+    "total-first-12": TotalFirst(terms=12, modulus=5),
     "chain-5-result-first": ArithmeticChain(steps=5, result_first=True),
 }
 
