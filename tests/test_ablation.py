@@ -58,7 +58,7 @@ def test_examples_are_solved_kept_apart_and_always_the_same(name):
     assert not puzzles_of[0] & puzzles_of[1]
 
 
-@pytest.mark.parametrize("name", ["star-2x5", "sudoku-4", "addition-6", "parity-8", "chain-5"])
+@pytest.mark.parametrize("name", ["star-2x5", "sudoku-4", "addition-6", "parity-8", "chain-5", "total-first-6"])
 @given(seed=st.integers(0, 2**32), place=st.integers(0, 10**6))
 def test_a_changed_answer_is_wrong(name, seed, place):
     task, rng = TASKS[name], random.Random(seed)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evo.core.editing import Edited
 from evo.heads import LinearDecoder, NucleusPrior
 from evo.schedules import by_order, early_stop, full, late_start, step_counts
-from evo.solvers import Exponential, Heun, TorchDiffEq
+from evo.solvers import Euler, Exponential, Heun, TorchDiffEq
 from tests.conftest import generator, random_model
 
 MODEL = random_model()
@@ -160,6 +160,29 @@ def test_the_mode_stays_as_it_was():
     model.train()
     model.edit(text(0), 0.5, max_steps=3, generator=generator(0))
     assert model.training
+
+
+@settings(max_examples=6)
+@given(seed=SEEDS, prompt=st.integers(1, 4))
+def test_an_order_speaks_of_tokens_of_the_text(seed, prompt):
+    """What it says of the prompt does not matter, and what it says of each other token does, wherever the prompt ends."""
+    tokens, seen = text(seed), []
+
+    class Spy(Euler):
+        def step(self, field, latents, level, next_level, state):
+            seen.append((level, next_level))
+            return super().step(field, latents, level, next_level, state)
+
+    order = torch.rand(3, 8, generator=generator(seed), dtype=torch.float64)
+    path = by_order(order, 0.3)
+    out = edited(tokens, 1.0, prompt_length=prompt, plan=path, solver=Spy())
+    other = torch.cat([1 - order[:, :prompt], order[:, prompt:]], 1)
+    assert torch.equal(edited(tokens, 1.0, prompt_length=prompt, plan=by_order(other, 0.3)).tokens, out.tokens)
+    rows = path(out.levels, 5, MODEL.schedule.t_min)[:, :, prompt:]
+    for level, _ in seen:
+        assert (rows == level[:, None]).all(2).any(1).all(), "the window is at no row of the plan of the text"
+    with pytest.raises(ValueError, match=r"needs \(8,\)"):
+        edited(tokens, 1.0, prompt_length=prompt, plan=by_order(order[:, prompt:], 0.3))
 
 
 def test_bad_requests_are_refused_and_leave_the_model_usable():

@@ -339,7 +339,7 @@ def test_bad_requests_are_refused_and_leave_the_model_usable():
             MODEL.infill(prefix, suffix, **arguments)
     with pytest.raises(ValueError, match="prefix has 3 sequences, suffix 2"):
         MODEL.infill(prefix, suffix[:2], 3)
-    with pytest.raises(ValueError, match="id 99 among the suffix"):
+    with pytest.raises(ValueError, match="suffix: id 99"):
         MODEL.infill(prefix, torch.full((3, 2), 99), 3)
     with pytest.raises(TypeError, match=r"infill\(\) takes no lengths, warp"):
         MODEL.infill(prefix, suffix, 3, lengths=torch.tensor([1, 1, 1]), warp=2)

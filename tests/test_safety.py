@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 from evo import Evo
 from evo.core import shards as shards_module
-from evo.core.files import DEPTH_LIMIT, parse_json, read_json, sha256
 from evo.core.serialization import _json_sha256
 from evo.core.shards import Shards
 from evo.core.sizes import blueprint
+from evo.files import DEPTH_LIMIT, parse_json, read_json, sha256
 from tests.conftest import random_model
 
 REFUSED = (ValueError, FileNotFoundError)

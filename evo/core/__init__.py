@@ -1,7 +1,7 @@
 """The model: latent space, attention and masks, Transformer, denoiser and vector field, objective, Evo, generation."""
 
 from evo.core.attention import Attention
-from evo.core.backends import Auto, Backend, Call, Flex, Sdpa, Xformers, auto, explain
+from evo.core.backends import Attend, Auto, Backend, Call, Flex, Sdpa, Xformers, auto, explain
 from evo.core.cache import Cache
 from evo.core.clock import ClockDensity
 from evo.core.config import PRESETS, EvoConfig
@@ -16,17 +16,19 @@ from evo.core.levels import Exploration
 from evo.core.masks import BlockCausal, Causal, Document, Leading, Mask, Window
 from evo.core.model import Evo
 from evo.core.objective import Objective, Output
+from evo.core.packing import PackedCache, Packing
 from evo.core.part import Part
 from evo.core.pattern import Pattern
 from evo.core.pretrained import PretrainedVocabulary
 from evo.core.refinement import Steps
-from evo.core.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling
+from evo.core.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryTable, YarnScaling, rotate
 from evo.core.speculation import Speculation
 from evo.core.transformer import Transformer
 
 __all__ = [
     "GELU",
     "PRESETS",
+    "Attend",
     "Attention",
     "Auto",
     "Backend",
@@ -56,11 +58,14 @@ __all__ = [
     "Mask",
     "Objective",
     "Output",
+    "PackedCache",
+    "Packing",
     "Part",
     "Pattern",
     "PretrainedVocabulary",
     "RMSNorm",
     "Rotary",
+    "RotaryTable",
     "Sdpa",
     "Speculation",
     "Steps",
@@ -73,4 +78,5 @@ __all__ = [
     "auto",
     "evaluate",
     "explain",
+    "rotate",
 ]

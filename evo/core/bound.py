@@ -11,6 +11,7 @@ B batch, N tokens, V vocabulary, D latent dimension.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evo.core.answers import levels_of, logits_of, outside, wrong_level
 from evo.core.chance import Chance
 from evo.core.clock import ClockDensity
 from evo.core.denoiser import Denoised, Denoiser
@@ -144,7 +146,7 @@ class Sketch:
             pure = self.schedule.noise(torch.ones_like(level)).unsqueeze(-1) * waiting.noise
             seen, level = torch.where(waits.unsqueeze(-1), pure, seen), torch.where(waits, 1.0, level)
         self.hidden = model.sketch(seen, level, known=known, order=batch.order, documents=batch.documents)
-        self.context_logits = model.readout(self.hidden, self.denoiser.embeddings).to(noise.dtype)
+        self.context_logits = logits_of(model.readout, self.hidden, self.denoiser.embeddings).to(noise.dtype)
         self._context_log_probs: Tensor | None = None
 
     def again(self, rows: Tensor | slice, levels: Tensor) -> Sketch:
@@ -242,7 +244,7 @@ class Sketch:
         hidden = self.model.refine(
             latents, level, prompt=batch.prompt, end=batch.end, order=batch.order, documents=batch.documents, **given
         )
-        return self.denoiser(self.model.readout(hidden, self.denoiser.embeddings), latents, level)
+        return self.denoiser(logits_of(self.model.readout, hidden, self.denoiser.embeddings), latents, level)
 
 
 def realised_below(levels: Tensor, t_min: float, batch: Batch) -> Tensor:
@@ -256,14 +258,24 @@ def learned_levels(model: Evo, batch: Batch, noise: Tensor, snap: float = 0.0) -
 
     t_i depends on z_<i, so after round k the first k levels are exact; rounds are repeated until nothing changes, which
     takes few in practice and N at most. Levels below `snap` become 0.
+
+    Raises:
+        ValueError: for a head that gives no levels in [0, 1], of logits that are finite.
     """
     levels = noise.new_zeros(batch.tokens.shape)
     tolerance = 16 * torch.finfo(noise.dtype).eps
     for _ in range(batch.tokens.shape[1]):
         sketch = Sketch(model, batch, levels, noise)
-        proposed = model.timestep_head(sketch.hidden, sketch.context_logits)
-        proposed = realised_below(torch.where(proposed < snap, 0.0, proposed), model.schedule.t_min, batch)
-        if (proposed - levels).abs().max() <= tolerance:
+        asked = levels_of(model.timestep_head, sketch.hidden, sketch.context_logits)
+        proposed = realised_below(torch.where(asked < snap, 0.0, asked), model.schedule.t_min, batch)
+        # One number for the host to wait for: no change that is NaN is small.
+        wrong = outside(asked) & batch.free
+        change = torch.where(wrong.any(), torch.nan, (proposed - levels).abs().max()).item()
+        if change <= tolerance:
             return proposed
+        if math.isnan(change):
+            if sketch.context_logits.isfinite().all():
+                raise wrong_level(asked[wrong][0].item())
+            return proposed  # the bound of such weights is NaN, whatever the levels
         levels = proposed
     return levels

@@ -21,7 +21,7 @@ class Chance:
         common: draws what all sequences share; None is `generator` if it is one, else torch's own.
 
     Raises:
-        ValueError: for a sequence of generators that are not B.
+        TypeError, ValueError: for anything else, or a sequence of generators that are not B.
     """
 
     def __init__(
@@ -30,10 +30,9 @@ class Chance:
         batch: int,
         common: torch.Generator | None = None,
     ) -> None:
+        check_generators(generator, batch)
         if generator is None or isinstance(generator, torch.Generator):
             common = generator if common is None else common
-        elif len(generator) != batch:
-            raise ValueError(f"generator has {len(generator)} of them; {batch} sequences need one for all, or {batch}")
         self._generator = generator
         self._batch = batch
         self._common = common
@@ -70,3 +69,16 @@ class Chance:
         if self._generator is None or isinstance(self._generator, torch.Generator):
             return [(drawn, self._generator)]
         return list(zip(drawn.unbind(), self._generator, strict=True))
+
+
+def check_generators(generator: torch.Generator | Sequence[torch.Generator] | None, batch: int) -> None:
+    """One for all, None, or a sequence of `batch`; raises TypeError or ValueError for anything else."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(
+            f"generator is {generator!r}; it needs a torch.Generator, such as torch.Generator().manual_seed(0), one for all or "
+            "one for each sequence, or None"
+        )
+    if len(generator) != batch:
+        raise ValueError(f"generator has {len(generator)} of them; {batch} sequences need one for all, or {batch}")

@@ -5,21 +5,33 @@ B batch, N tokens, P prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from numbers import Real
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor
 
+from evo.core.answers import described
 from evo.core.bound import Batch
 from evo.core.documents import Documents
 from evo.core.ends import Ends
+from evo.core.objective import DEFAULT_OBJECTIVE, Objective
 from evo.core.order import Order
 from evo.core.part import Part
+from evo.schedules import Path
 from evo.solvers import FixedStep, Solver, TorchDiffEq
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
+
+
+Lengths = int | Sequence[int] | Tensor
+"""How many, of all sequences or of each (B,)."""
+
+Stop = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
+"""Ids that end a sequence: for all, or B sets of them."""
 
 
 def looks(model: Evo) -> bool:
@@ -40,29 +52,32 @@ def check_tokens(model: Evo, tokens: Tensor, name: str = "tokens", minimum: int 
         )
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < minimum:
         raise ValueError(
-            f"{name} must be (batch, length) with at least 1 sequence and {minimum} token(s) in each, got {tuple(tokens.shape)}"
+            f"{name} must be (batch, length) with at least 1 sequence{' and 1 token in each' if minimum else ''}, got "
+            f"{tuple(tokens.shape)}" + ("; ids.unsqueeze(0) makes a batch of one sequence" if tokens.dim() == 1 else "")
         )
     if tokens.shape[1] > model.context:
         raise ValueError(
-            f"{name} have {tokens.shape[1]} tokens, the model's context is {model.context}: "
+            f"{name}: sequences of {tokens.shape[1]} tokens, the model's context is {model.context}: "
             "shorten them, or build the model with a larger context"
         )
     if tokens.device != model.bos.device:
-        raise ValueError(f"{name} are on {tokens.device}, the model on {model.bos.device}: move one to the other")
+        raise ValueError(f"{name}: ids on {tokens.device}, the model on {model.bos.device}: move one to the other")
     if tokens.numel() and looks(model):
         low, high = tokens.min().item(), tokens.max().item()
         if low < 0 or high >= model.latent_space.vocab_size:
+            vocab_size = model.latent_space.vocab_size
             raise ValueError(
-                f"id {low if low < 0 else high} among the {name}; ids of this model lie in [0, {model.latent_space.vocab_size})"
+                f"{name}: id {low if low < 0 else high} is unknown; ids of this model lie in [0, {vocab_size}): use the tokenizer "
+                "that it was made for, or build it with a larger vocab_size"
             )
 
 
 def as_batch(
     model: Evo,
     tokens: Tensor,
-    prompt_length: int | Tensor | None = None,
-    lengths: Tensor | None = None,
-    suffix_length: int | Tensor | None = None,
+    prompt_length: Lengths | None = None,
+    lengths: Lengths | None = None,
+    suffix_length: Lengths | None = None,
     documents: Tensor | None = None,
 ) -> Batch:
     """The batch of (B, N) tokens, of which the first `prompt_length` (int or (B,)) are prompt and `lengths` (B,) are present; of these the
@@ -94,37 +109,83 @@ def as_batch(
 
 def as_documents(documents: Tensor, tokens: Tensor, bos: int) -> Documents:
     """The documents of (B, N) tokens, from ids of the same shape."""
+    needed = f"documents must be int64 ids of shape {tuple(tokens.shape)} on {tokens.device}"
+    if not isinstance(documents, Tensor):
+        raise TypeError(f"{needed}, got {type(documents).__name__}; convert with torch.tensor(documents)")
     if documents.dtype != torch.int64 or documents.shape != tokens.shape or documents.device != tokens.device:
-        raise ValueError(
-            f"documents must be int64 ids of shape {tuple(tokens.shape)} on {tokens.device}, "
-            f"got {documents.dtype} {tuple(documents.shape)} on {documents.device}"
-        )
+        raise ValueError(f"{needed}, got {documents.dtype} {tuple(documents.shape)} on {documents.device}")
     return Documents.of(documents, bos)
 
 
-def as_lengths(name: str, lengths: int | Tensor, tokens: Tensor, low: int, *, look: bool = True) -> Tensor:
+def as_int(name: str, value: Any) -> int:
+    """A whole number of any integer type; raises TypeError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {described(value)}; it needs a whole number, such as 4") from None
+
+
+def as_count(name: str, value: Any) -> int:
+    """A whole number of 1 or more; raises TypeError or ValueError for anything else."""
+    count = as_int(name, value)
+    if count < 1:
+        raise ValueError(f"{name} is {count}; it needs at least 1")
+    return count
+
+
+def check_called(name: str, value: object, call: str, example: str) -> None:
+    """Raise TypeError unless a part can be called; its class or its name is no part."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name} is {described(value)}; it needs an object to be called {call}, such as {example}")
+
+
+def check_path(path: Path) -> None:
+    """Raise TypeError for what is no path."""
+    if not isinstance(path, Path):
+        raise TypeError(f"path is {described(path)}; it needs a path, such as evo.schedules.early_stop")
+
+
+def as_rows(name: str, lengths: Lengths | None) -> int | Tensor | None:
+    """A list of whole numbers as a tensor (B,) int64; everything else as it is. Raises TypeError for a list of anything else."""
+    if isinstance(lengths, Sequence):
+        return torch.tensor([as_int(name, each) for each in lengths], dtype=torch.int64)
+    return lengths
+
+
+def as_lengths(name: str, lengths: Lengths, tokens: Tensor, low: int, *, look: bool = True) -> Tensor:
     """Lengths (B,) int64 in [low, N], from one for all or one for each sequence; values of tensors are looked at on request."""
-    size = tokens.shape[1]
-    if isinstance(lengths, int):
-        if not low <= lengths <= size:
-            raise ValueError(f"{name} must lie in [{low}, {size}], got {lengths}")
-        return torch.full((len(tokens),), lengths, device=tokens.device)
-    if lengths.dtype != torch.int64 or lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"{name} must be int64 of shape ({len(tokens)},), got {lengths.dtype} {tuple(lengths.shape)}")
-    if look and bool(((lengths < low) | (lengths > size)).any()):
-        raise ValueError(f"{name} must lie in [{low}, {size}], got {lengths.tolist()}")
-    return lengths.to(tokens.device)
+    size, given = tokens.shape[1], as_rows(name, lengths)
+    if not isinstance(given, Tensor):
+        count = as_int(name, given)
+        if not low <= count <= size:
+            raise ValueError(f"{name} must lie in [{low}, {size}], got {count}")
+        return torch.full((len(tokens),), count, device=tokens.device)
+    if given.dtype != torch.int64 or given.shape != tokens.shape[:1]:
+        raise ValueError(f"{name} must be int64 of shape ({len(tokens)},), got {given.dtype} {tuple(given.shape)}")
+    if look and bool(((given < low) | (given > size)).any()):
+        raise ValueError(f"{name} must lie in [{low}, {size}], got {given.tolist()}")
+    return given.to(tokens.device)
 
 
 def as_mask(loss_mask: Tensor | None, batch: Batch) -> Tensor:
     """What is scored, bool (B, N): of the tokens that are coded, those that a mask of the same shape names."""
     if loss_mask is None:
         return batch.coded
+    needed = f"loss_mask must be bool of shape {tuple(batch.tokens.shape)}"
+    if not isinstance(loss_mask, Tensor):
+        raise TypeError(f"{needed}, got {type(loss_mask).__name__}; convert with torch.tensor(loss_mask)")
     if loss_mask.dtype != torch.bool or loss_mask.shape != batch.tokens.shape:
-        raise ValueError(
-            f"loss_mask must be bool of shape {tuple(batch.tokens.shape)}, got {loss_mask.dtype} {tuple(loss_mask.shape)}"
-        )
+        raise ValueError(f"{needed}, got {loss_mask.dtype} {tuple(loss_mask.shape)}")
     return loss_mask & batch.coded
+
+
+def as_objective(objective: Objective | None) -> Objective:
+    """What training adds; None is `Objective()`."""
+    if objective is None:
+        return DEFAULT_OBJECTIVE
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective is {described(objective)}; it needs an `Objective`, or None for Objective()")
+    return objective
 
 
 def as_part(part: Part | None, batch: Batch, scored: Tensor) -> Part:
@@ -132,6 +193,8 @@ def as_part(part: Part | None, batch: Batch, scored: Tensor) -> Part:
     size = len(batch.tokens)
     if part is None:
         return Part(rows=range(size), total=size, scored=scored.sum())
+    if not isinstance(part, Part):
+        raise TypeError(f"part is {described(part)}; it needs a `Part`, or None for a whole batch")
     if len(part.rows) != size or len(set(part.rows)) != size or not 0 <= min(part.rows) <= max(part.rows) < part.total:
         raise ValueError(
             f"part has rows {tuple(part.rows)} of {part.total}; "
@@ -148,6 +211,10 @@ def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look
         return None
     dtype, shape = torch.promote_types(like.dtype, torch.float32), batch.tokens.shape
     if not isinstance(levels, Tensor):
+        if not isinstance(levels, Real):
+            raise TypeError(
+                f"levels is {described(levels)}; it needs None, one number, or a tensor of shape {tuple(shape)}"
+            )
         if not 0 <= levels <= 1:
             raise ValueError(f"levels must lie in [0, 1] (1 is noise, 0 a realised word), got {levels}")
         return torch.full(shape, float(levels), dtype=dtype, device=like.device)
@@ -165,10 +232,10 @@ def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look
 def as_prompt(
     model: Evo,
     prompt: Tensor,
-    lengths: Tensor | None,
-    most: int | Sequence[int] | Tensor,
-    fewest: int | Sequence[int] | Tensor,
-    stop: int | Sequence[int] | Sequence[Sequence[int]] | None,
+    lengths: Lengths | None,
+    most: Lengths,
+    fewest: Lengths,
+    stop: Stop,
 ) -> tuple[Tensor | None, Ends]:
     """The lengths (B,) of a prompt (B, P), where P may be 0, and the ends of what is to be written behind it."""
     check_tokens(model, prompt, "prompt", minimum=0)
@@ -186,9 +253,9 @@ def as_prompt(
 def as_ends(
     model: Evo,
     batch: int,
-    most: int | Sequence[int] | Tensor,
-    fewest: int | Sequence[int] | Tensor,
-    stop: int | Sequence[int] | Sequence[Sequence[int]] | None,
+    most: Lengths,
+    fewest: Lengths,
+    stop: Stop,
 ) -> Ends:
     """Where each of `batch` sequences ends, from what is said of all of them or of each."""
     longest, shortest = _counts("max_new_tokens", most, batch), _counts("min_new_tokens", fewest, batch)
@@ -200,7 +267,7 @@ def as_ends(
             raise ValueError(
                 f"min_new_tokens is {shortest[row]} and max_new_tokens {longest[row]}; needed 0 <= min_new_tokens <= max_new_tokens"
             )
-        if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in stops[row]):
+        if any(not 0 <= token < vocab_size for token in stops[row]):
             raise ValueError(f"stop is {stop!r}; it needs ids in [0, {vocab_size}), or None for no stop")
         if shortest[row] > 1 and len(set(stops[row])) == vocab_size:
             raise ValueError(
@@ -209,38 +276,41 @@ def as_ends(
     return Ends(most=longest, fewest=shortest, stop=stops)
 
 
-def _counts(name: str, value: int | Sequence[int] | Tensor, batch: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * batch
-    if isinstance(value, Tensor) and (value.dim() != 1 or value.is_floating_point()):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; it needs one int, or ({batch},)"
-        )
-    counts = tuple(value.tolist() if isinstance(value, Tensor) else value)
-    if len(counts) != batch or not all(isinstance(each, int) for each in counts):
+def _counts(name: str, value: Lengths, batch: int) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; it needs one int, or ({batch},)"
+            )
+        value = cast("list[int]", value.tolist())
+    if not isinstance(value, Sequence):
+        return (as_int(name, value),) * batch
+    counts = tuple(as_int(name, each) for each in value)
+    if len(counts) != batch:
         raise ValueError(f"{name} is {counts}; a batch of {batch} sequences needs one int for all, or {batch} of them")
     return counts
 
 
-def _stops(stop: int | Sequence[int] | Sequence[Sequence[int]] | None, batch: int) -> tuple[tuple[int, ...], ...]:
+def _stops(stop: Stop, batch: int) -> tuple[tuple[int, ...], ...]:
     if stop is None:
         return ((),) * batch
-    given = [stop] if isinstance(stop, int) else list(stop)
-    if given and not any(isinstance(each, int) for each in given):
-        if len(given) != batch:
-            raise ValueError(
-                f"stop has {len(given)} sets; a batch of {batch} sequences needs one of each, or ids for all"
-            )
-        return tuple(tuple(cast("Sequence[int]", each)) for each in given)
+    given = stop.tolist() if isinstance(stop, Tensor) else stop
+    given = [given] if isinstance(given, SupportsIndex) else given
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"stop is {stop!r}; it needs one id, ids, or {batch} sets of ids, one for each sequence")
     if not given:
         raise ValueError("stop is empty; it needs ids, or None for no stop")
-    return (tuple(cast("list[int]", given)),) * batch
+    if any(isinstance(each, SupportsIndex) for each in given):
+        return (tuple(as_int("an id of stop", cast("int", each)) for each in given),) * batch
+    if len(given) != batch:
+        raise ValueError(f"stop has {len(given)} sets; a batch of {batch} sequences needs one of each, or ids for all")
+    return tuple(tuple(as_int("an id of stop", each) for each in cast("Sequence[int]", ids)) for ids in given)
 
 
 def as_row_solver(solver: Solver, max_steps: int) -> Solver:
-    """A solver for one row of a plan of at least one step: of a fixed-step method one that makes one step a row."""
-    if max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}; a token at level 1 needs at least 1 step")
+    """A solver for one row of a plan of `max_steps`, at least 1: of a fixed-step method one that makes one step a row."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver is {described(solver)}; it needs a solver, such as evo.solvers.Euler()")
     if isinstance(solver, TorchDiffEq) and not solver.adaptive:
         _check_steps(solver.steps, max_steps)
         return solver.with_steps(1)

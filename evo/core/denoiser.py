@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from evo.core.answers import described
 from evo.core.latent_space import Embeddings, evidence_query, evidence_table
 from evo.schedules import Schedule
 
@@ -54,8 +55,18 @@ class Denoiser:
 
     @classmethod
     def of(cls, latent_space: Embeddings, schedule: Schedule) -> Denoiser:
-        """The denoiser of a latent space as it is now."""
-        return cls(latent_space.weight, schedule)
+        """The denoiser of a latent space as it is now.
+
+        Raises:
+            ValueError: for a table of another shape than the latent space says.
+        """
+        embeddings, shape = latent_space.weight, (latent_space.vocab_size, latent_space.dim)
+        if embeddings.shape != shape:
+            raise ValueError(
+                f"the latent space has a weight of shape {tuple(embeddings.shape)}, and vocab_size and dim {shape}; "
+                "it needs one row for each entry"
+            )
+        return cls(embeddings, schedule)
 
     def log_posterior(self, context_logits: Tensor | None, latents: Tensor, level: Tensor) -> Tensor:
         """Log p(v|z) in nats of latents (B, N, D) at levels (B, N), (B, N, V); without context logits (B, N, V) from the evidence alone."""
@@ -92,7 +103,17 @@ class VectorField:
     self_conditioned: bool = False
 
     def denoise(self, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Denoised:
-        """Log-posterior and denoised latents of (B, N, D) at levels (B, N), given an earlier estimate (B, N, D) or none: one evaluation."""
+        """Log-posterior and denoised latents of (B, N, D) at levels (B, N), given an earlier estimate (B, N, D) or none: one evaluation.
+
+        Raises:
+            ValueError: for latents or levels of other shapes.
+        """
+        dim = self.denoiser.embeddings.shape[1]
+        if not isinstance(level, Tensor) or latents.dim() != 3 or latents.shape != (*level.shape, dim):
+            raise ValueError(
+                f"latents are {described(latents)}, levels {described(level)}; "
+                f"this flow needs latents (B, N, {dim}) and a level for each, (B, N)"
+            )
         given = (latents, level) if estimate is None else (latents, level, estimate)
         return self.denoiser(self.network(*given), latents, level)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evo.core.chance import check_generators
+
 # Positions that numbers are drawn for at a time: a call to a generator costs as much as many numbers.
 _RUN = 64
 # Turns the seed of a stream into that of its other; any pattern of bits would do.
@@ -39,15 +41,12 @@ class Draws:
         A caller's generator moves by these numbers only, whatever becomes of the text.
 
         Raises:
-            ValueError: for a sequence of generators that are not `batch`.
+            TypeError, ValueError: for anything else, or a sequence of generators that are not `batch`.
         """
+        check_generators(generator, batch)
         if generator is None or isinstance(generator, torch.Generator):
             seeds = _seeds(generator, batch)
         else:
-            if len(generator) != batch:
-                raise ValueError(
-                    f"generator has {len(generator)} of them; {batch} sequences need one for all, or {batch}"
-                )
             seeds = [seed for each in generator for seed in _seeds(each, 1)]
         return cls([torch.Generator(device).manual_seed(seed) for seed in seeds])
 

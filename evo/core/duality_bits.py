@@ -21,6 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from evo.core.answers import outside
+from evo.core.contract import as_count, check_called, check_path
 from evo.schedules import Path, Schedule, early_stop
 
 LevelRule = Callable[[Tensor, Tensor], Tensor]
@@ -186,19 +188,25 @@ class EnumeratedTokens:
 @torch.no_grad()
 def split_bits(
     distribution: EnumeratedTokens,
-    levels: Tensor | LevelRule,
+    levels: Tensor | LevelRule | float,
     *,
     generator: torch.Generator,
     path: Path = early_stop,
     sequences: int = 4096,
     clock_values: int = 32,
 ) -> ConservedBits:
-    """Split H(X) at `levels`: (N,), (sequences, N), or a rule that computes them from z_<i.
+    """Split H(X) at `levels`: one for all, (N,), (sequences, N), or a rule that computes them from z_<i.
 
     The flow integral is taken at `clock_values` stratified values of the clock per sequence, so that every sequence is an
     independent, unbiased sample of the bound. The latent at τ continues the latent at t (`schedule.bridge`), without which levels
     that are computed from latents leak what they know of the noise.
+
+    Raises ValueError or TypeError for levels that lie outside [0, 1] or have another shape, no clock value, or fewer than 2 sequences.
     """
+    clock_values, sequences = as_count("clock_values", clock_values), as_count("sequences", sequences)
+    check_path(path)
+    if sequences < 2:
+        raise ValueError(f"sequences is {sequences}; a standard error needs at least 2")
     schedule, tokens = distribution.schedule, distribution.sample(sequences, generator)
     clean = distribution.embeddings[tokens]
 
@@ -246,18 +254,34 @@ def split_bits(
     )
 
 
-def _levels(distribution: EnumeratedTokens, levels: Tensor | LevelRule, clean: Tensor, noise: Tensor) -> Tensor:
+def _levels(distribution: EnumeratedTokens, levels: Tensor | LevelRule | float, clean: Tensor, noise: Tensor) -> Tensor:
     """Levels (B, N) of every sequence; a rule is walked position by position, over the latents it has led to so far."""
-    if isinstance(levels, Tensor):
-        return levels.to(clean).expand(clean.shape[:-1])
+    if isinstance(levels, (Tensor, float, int)):
+        return _checked(torch.as_tensor(levels), clean.shape[:-1]).to(clean).expand(clean.shape[:-1])
+    check_called(
+        "levels", levels, "levels(latents, levels)", "lambda latents, levels: ..., beside a number and a tensor"
+    )
     schedule, chosen, latents = distribution.schedule, clean[:, :0, 0], clean[:, :0]
     for i in range(distribution.length):
-        level = levels(latents, chosen)[:, None]
+        level = _checked(levels(latents, chosen), clean.shape[:1])[:, None]
         here = slice(i, i + 1)
         noised = schedule.noised(clean[:, here], noise[:, here], level)
         latent = torch.where((level > schedule.t_min)[..., None], noised, clean[:, here])
         chosen, latents = torch.cat([chosen, level], dim=1), torch.cat([latents, latent], dim=1)
     return chosen
+
+
+def _checked(levels: Tensor, shape: torch.Size) -> Tensor:
+    """Levels that broadcast to a shape; raises ValueError for other shapes, or levels outside [0, 1]."""
+    if levels.shape not in ((), shape[1:], shape):
+        raise ValueError(
+            f"levels have shape {tuple(levels.shape)}; needed one number, {tuple(shape[1:])} or {tuple(shape)}"
+        )
+    if (wrong := outside(levels)).any():
+        raise ValueError(
+            f"levels must lie in [0, 1] (1 is noise, 0 a realised word), got {levels[wrong][0].item():.6g}"
+        )
+    return levels
 
 
 @torch.no_grad()
@@ -272,13 +296,18 @@ def split_model_bits(
 ) -> BitSplit:
     """The same split for a model (an `Evo`) on tokens (B, N), each sequence with `draws` noises and clock values.
 
-    `levels` is None for the levels that the model chooses, one for all, or (B, N). Standard errors are over sequences. Raises
-    ValueError for a model in training mode, whose flow bits are not those of the bound.
+    `levels` is None for the levels that the model chooses, one for all, or (B, N). Standard errors are over sequences.
+
+    Raises ValueError for a model in training mode, whose flow bits are not those of the bound, for fewer than 2 sequences, over which
+    there is no standard error, and for no draws.
     """
+    draws = as_count("draws", draws)
     if model.training:
         raise ValueError(
             "the model is in training mode, where the weight of the flow is capped: call model.eval() first"
         )
+    if len(tokens) < 2:
+        raise ValueError(f"tokens have {len(tokens)} sequence; a standard error over sequences needs at least 2")
     runs = [model(tokens, levels=levels, path=path, generator=generator) for _ in range(draws)]
 
     def nats(part: str) -> Estimate:

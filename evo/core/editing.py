@@ -5,7 +5,7 @@ B batch, N tokens, M tokens of the window, D latent dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +39,7 @@ class Edited:
 
 @torch.no_grad()
 def edit(model: Evo, batch: Batch, levels: Tensor, request: Request, draws: Draws) -> Edited:
-    """Rewrite tokens of a batch from levels (B, N); `request.window` is N.
+    """Rewrite tokens of a batch from levels (B, N), of which the plan is made too; the window is all that follows the prompt.
 
     Every token has one noise, wherever the prompt ends, and the window begins behind it.
     """
@@ -67,7 +67,13 @@ def edit(model: Evo, batch: Batch, levels: Tensor, request: Request, draws: Draw
         uniform=uniform[..., 1][row, place],
         length=length,
     )
-    written, nfe, _ = refine(state, sketch, request)
+
+    def in_window(_: Tensor, max_steps: int, t_min: float) -> Tensor:
+        """A plan may say of each token of the text when it moves (`by_order`): the columns of it that stand in the window."""
+        plan = request.plan(levels, max_steps, t_min)
+        return torch.where(present[:, None], torch.take_along_dim(plan, place[:, None], 2), 0.0)
+
+    written, nfe, _ = refine(state, sketch, replace(request, plan=in_window, window=room))
     column = torch.arange(tokens.shape[1], device=device) - batch.prompt[:, None]
     rewritten = written[row, column.clamp(0, room - 1)]
     return Edited(tokens=torch.where(wanted, rewritten, tokens), levels=levels, nfe=nfe)

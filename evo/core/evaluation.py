@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from evo.core.bound import Batch, Sketch, learned_levels
 from evo.core.chance import Chance
-from evo.core.contract import as_batch, as_levels, as_mask, as_part
+from evo.core.contract import Lengths, as_batch, as_count, as_levels, as_mask, as_part, as_rows, check_path
 from evo.core.objective import Output
 from evo.core.part import Part
 from evo.schedules import Path, early_stop
@@ -111,9 +111,9 @@ def evaluate(
     tokens: Tensor | Iterable[Tensor],
     levels: float | Tensor | None = None,
     *,
-    prompt_length: int | Tensor | None = None,
-    lengths: Tensor | None = None,
-    suffix_length: int | Tensor | None = None,
+    prompt_length: Lengths | None = None,
+    lengths: Lengths | None = None,
+    suffix_length: Lengths | None = None,
     documents: Tensor | None = None,
     loss_mask: Tensor | None = None,
     path: Path = early_stop,
@@ -148,22 +148,31 @@ def evaluate(
         description: of the bar.
 
     Raises:
-        ValueError: for no sequences, nothing scored, fewer than one clock value, or a tensor beside `tokens` that does not
-            have a row for each sequence; tensors (S, ...) need tokens given as one tensor too.
+        ValueError, TypeError: for no sequences, nothing scored, fewer than one clock value or sequence a pass, or a tensor beside
+            `tokens` that does not have a row for each sequence; tensors (S, ...) need tokens given as one tensor too.
     """
-    if clock_values < 1:
-        raise ValueError(f"clock_values is {clock_values}; at least one value of the clock is needed")
+    clock_values, batch_size = as_count("clock_values", clock_values), as_count("batch_size", batch_size)
+    check_path(path)
     beside = {
         "levels": levels,
-        "prompt_length": prompt_length,
-        "lengths": lengths,
-        "suffix_length": suffix_length,
+        "prompt_length": as_rows("prompt_length", prompt_length),
+        "lengths": as_rows("lengths", lengths),
+        "suffix_length": as_rows("suffix_length", suffix_length),
         "documents": documents,
         "loss_mask": loss_mask,
     }
     for name, value in beside.items():
-        if isinstance(value, Tensor) and not (isinstance(tokens, Tensor) and len(value) == len(tokens)):
-            raise ValueError(f"{name} given as a tensor needs tokens given as a tensor with as many sequences")
+        if not isinstance(value, Tensor):
+            continue
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"{name} has a row for each sequence, {tuple(value.shape)}; it needs tokens given as one tensor too"
+            )
+        if value.shape[:1] != tokens.shape[:1]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, tokens {tuple(tokens.shape)}; it needs a row for each sequence"
+                + (", or one number" if value.dim() == 0 else "")
+            )
 
     batches = tokens.split(batch_size) if isinstance(tokens, Tensor) else tokens
     total = math.ceil(len(tokens) / batch_size) if isinstance(tokens, Tensor) else None

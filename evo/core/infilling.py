@@ -5,14 +5,14 @@ B batch, P prefix tokens, S suffix tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from evo.core.contract import as_lengths, check_tokens
+from evo.core.contract import Lengths, as_lengths, check_tokens
 from evo.core.generation import Job
 from evo.core.job import as_job
 from evo.core.suffix import Suffix
@@ -20,18 +20,16 @@ from evo.core.suffix import Suffix
 if TYPE_CHECKING:
     from evo.core.model import Evo
 
-Count = int | Sequence[int] | Tensor
-
 
 def as_infill(
     model: Evo,
     prefix: Tensor,
     suffix: Tensor,
-    length: Count | None,
-    max_length: Count | None,
-    min_length: Count,
-    prefix_lengths: Tensor | None,
-    suffix_lengths: Tensor | None,
+    length: Lengths | None,
+    max_length: Lengths | None,
+    min_length: Lengths,
+    prefix_lengths: Lengths | None,
+    suffix_lengths: Lengths | None,
     options: Mapping[str, Any],
 ) -> Job:
     """What `model` is asked for by the arguments of `Evo.infill`, which has their meaning; raises what it raises."""

@@ -5,13 +5,15 @@ B batch, P prompt tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from evo.core.contract import as_prompt, as_row_solver
+from evo.core.answers import described
+from evo.core.contract import Lengths, Stop, as_count, as_prompt, as_row_solver, check_called
 from evo.core.draws import Draws
 from evo.core.generation import Job
 from evo.core.refinement import Request
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 def as_job(
     model: Evo,
     prompt: Tensor,
-    max_new_tokens: int | Sequence[int] | Tensor,
+    max_new_tokens: Lengths,
     *,
     solver: Solver | None,
     plan: Path,
@@ -39,10 +41,10 @@ def as_job(
     top_p: float,
     temperature: float,
     window: int | None,
-    lengths: Tensor | None,
-    stop: int | Sequence[int] | Sequence[Sequence[int]] | None,
+    lengths: Lengths | None,
+    stop: Stop,
     generator: torch.Generator | Sequence[torch.Generator] | None,
-    min_new_tokens: int | Sequence[int] | Tensor,
+    min_new_tokens: Lengths,
     refresh: int,
     fidelity: float | None,
     trajectory: bool = False,
@@ -51,14 +53,16 @@ def as_job(
     every: int,
 ) -> Job:
     """What `model` is asked for by the arguments of `Evo.generate` and `Evo.stream`, which has their meaning; raises what they raise."""
-    lengths, ends = as_prompt(model, prompt, lengths, max_new_tokens, min_new_tokens, stop)
-    for name, value in (("window", window), ("stride", stride), ("every", every)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it needs at least 1 token")
-    window = max(ends.most) if window is None else window
+    present, ends = as_prompt(model, prompt, lengths, max_new_tokens, min_new_tokens, stop)
+    max_steps, stride, every = as_count("max_steps", max_steps), as_count("stride", stride), as_count("every", every)
+    window = max(ends.most) if window is None else as_count("window", window)
     if stride > window:
         raise ValueError(f"stride is {stride} and the window has {window} tokens; no pass sketches beyond a window")
+    sketched = model.timestep_head if timestep_head is None else timestep_head
+    check_called("timestep_head", sketched, "timestep_head(hidden, context_logits)", "evo.heads.FixedTimestep(0.5)")
     if speculation is not None:
+        if not isinstance(speculation, Speculation):
+            raise TypeError(f"speculation is {described(speculation)}; it needs Speculation(run=4), or None for none")
         if stride > 1:
             raise ValueError(
                 f"stride is {stride}, and speculation is asked for: the one sketches tokens in parallel, the other checks each behind "
@@ -69,15 +73,17 @@ def as_job(
                 f"timestep_head is {timestep_head!r}, and speculation writes at level 0: leave one of them out, or make the head "
                 "FixedTimestep(0)"
             )
-        timestep_head = FixedTimestep(0.0)
+        sketched = FixedTimestep(0.0)
+    prior = NucleusPrior(top_p=top_p, temperature=temperature) if prior is None else prior
+    check_called("prior", prior, "prior(logits, uniform)", "evo.heads.NucleusPrior()")
     return Job(
         prompt=prompt,
-        lengths=lengths,
+        lengths=present,
         ends=ends,
         draws=Draws.of(generator, len(prompt), prompt.device),
         sampling=Sampling(
-            timestep_head=model.timestep_head if timestep_head is None else timestep_head,
-            prior=NucleusPrior(top_p=top_p, temperature=temperature) if prior is None else prior,
+            timestep_head=sketched,
+            prior=prior,
             max_steps=max_steps,
             stride=stride,
             every=every,
@@ -94,3 +100,17 @@ def as_job(
             trajectory=trajectory,
         ),
     )
+
+
+def as_options(generate: Callable[..., Any], method: str, given: dict[str, Any], without: set[str]) -> dict[str, Any]:
+    """All options of `Evo.generate` but some, those not given as it declares them, for another method that takes them."""
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(generate).parameters.items()
+        if parameter.default is not inspect.Parameter.empty and name not in without
+    }
+    if unknown := sorted(given.keys() - known.keys()):
+        raise TypeError(
+            f"{method}() takes no {', '.join(unknown)}; its options are those of generate, without {' and '.join(sorted(without))}"
+        )
+    return known | given

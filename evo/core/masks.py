@@ -188,7 +188,7 @@ class Document(Mask):
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Sequence[int]], device: torch.device | str | None = None) -> Document:
-        """Documents of these lengths, one behind another, in each of B sequences; what remains of a sequence is a document too.
+        """Documents of these lengths, one behind another, in each of B sequences. They fill each sequence: padding is a document too.
 
         Known on the host, they let the kernels for packed sequences be used without waiting for the device.
 

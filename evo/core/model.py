@@ -5,7 +5,6 @@ B batch, N tokens, P prompt tokens, V vocabulary, D latent dimension, W width.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -13,18 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evo.core.answers import logits_of
 from evo.core.chance import Chance
 from evo.core.config import preset
-from evo.core.contract import as_batch, as_levels, as_mask, as_part, as_row_solver, check_tokens, looks
+from evo.core.contract import (
+    Lengths,
+    Stop,
+    as_batch,
+    as_count,
+    as_levels,
+    as_mask,
+    as_objective,
+    as_part,
+    as_row_solver,
+    check_path,
+    check_tokens,
+    looks,
+)
 from evo.core.denoiser import Denoiser, VectorField
 from evo.core.draws import Draws
 from evo.core.editing import Edited, edit
 from evo.core.evaluation import evaluating, measure
 from evo.core.generation import Chunk, Generation, generate, stream
 from evo.core.infilling import as_infill
-from evo.core.job import as_job
+from evo.core.job import as_job, as_options
 from evo.core.network import Network
-from evo.core.objective import DEFAULT_OBJECTIVE, Objective, Output, training_step
+from evo.core.objective import Objective, Output, training_step
 from evo.core.part import Part
 from evo.core.prompted import Prompted
 from evo.core.refinement import Request
@@ -60,10 +73,10 @@ class Evo(Network):
         tokens: Tensor,
         loss_mask: Tensor | None = None,
         levels: float | Tensor | None = None,
-        prompt_length: int | Tensor | None = None,
+        prompt_length: Lengths | None = None,
         *,
-        lengths: Tensor | None = None,
-        suffix_length: int | Tensor | None = None,
+        lengths: Lengths | None = None,
+        suffix_length: Lengths | None = None,
         documents: Tensor | None = None,
         path: Path = early_stop,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -100,36 +113,43 @@ class Evo(Network):
         scored = as_mask(loss_mask, batch)
         chosen = as_levels(levels, batch, self.bos, look=looks(self))
         part = as_part(part, batch, scored)
+        check_path(path)
         chance = Chance(generator, len(tokens), part.common)
         if self.training:
             refined = not isinstance(levels, (int, float)) or levels > self.schedule.t_min
-            asked = objective or DEFAULT_OBJECTIVE
+            asked = as_objective(objective)
             return training_step(self, batch, scored, chosen, path, chance, part, asked, refined=refined)
         return measure(self, batch, scored, chosen, path, chance, part, clock_values=1)
 
     def context_logits(self, tokens: Tensor) -> Tensor:
         """What an ordinary causal language model of these weights says: (B, N) -> (B, N, V); row i speaks of token i, from tokens < i."""
         check_tokens(self, tokens)
-        embeddings = self.latent_space.weight
+        embeddings = Denoiser.of(self.latent_space, self.schedule).embeddings
         latents = embeddings[tokens]
         hidden = self.sketch(latents, torch.zeros_like(latents[..., 0]))
-        return self.readout(hidden, embeddings)
+        return logits_of(self.readout, hidden, embeddings)
 
     @torch.no_grad()
     def log_prob(
         self,
         tokens: Tensor,
         levels: float | Tensor | None = 0.0,
-        prompt_length: int | Tensor | None = None,
+        prompt_length: Lengths | None = None,
         *,
-        lengths: Tensor | None = None,
-        suffix_length: int | Tensor | None = None,
+        lengths: Lengths | None = None,
+        suffix_length: Lengths | None = None,
         documents: Tensor | None = None,
         path: Path = early_stop,
         clock_values: int = 8,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """Minus the bound of each token, (B, N), in nats; exact at level 0, elsewhere from so many clock values a sequence."""
+        """Minus the bound of each token, (B, N), in nats; exact at level 0, elsewhere from so many clock values a sequence, at least 1.
+
+        Raises:
+            ValueError, TypeError: for anything out of shape or range, with the value and the remedy.
+        """
+        clock_values = as_count("clock_values", clock_values)
+        check_path(path)
         batch = as_batch(self, tokens, prompt_length, lengths, suffix_length, documents)
         chosen = as_levels(levels, batch, self.bos)
         with evaluating(self):
@@ -150,12 +170,12 @@ class Evo(Network):
         return state.field()
 
     def _own_logits(self, latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
-        return self.readout(self.refine(latents, level, estimate=estimate), self.latent_space.weight)
+        return logits_of(self.readout, self.refine(latents, level, estimate=estimate), self.latent_space.weight)
 
     def generate(
         self,
         prompt: Tensor,
-        max_new_tokens: int | Sequence[int] | Tensor,
+        max_new_tokens: Lengths,
         solver: Solver | None = None,
         plan: Path = early_stop,
         timestep_head: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -165,10 +185,10 @@ class Evo(Network):
         top_p: float = 0.9,
         temperature: float = 0.7,
         window: int | None = None,
-        lengths: Tensor | None = None,
-        stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        lengths: Lengths | None = None,
+        stop: Stop = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        min_new_tokens: int | Sequence[int] | Tensor = 0,
+        min_new_tokens: Lengths = 0,
         refresh: int = 1,
         fidelity: float | None = None,
         stride: int = 1,
@@ -178,8 +198,10 @@ class Evo(Network):
         """Write behind a prompt: sketch a window token by token, refine it along the flow, commit, go on with the next.
 
         What is said of the whole batch in `max_new_tokens`, `min_new_tokens`, `stop` and `generator` may be said of each sequence. A
-        sequence that has ended leaves the batch. What is written of one does not depend on who else is in the batch, but for rounding:
-        matrix products of other shapes may be summed in another order.
+        sequence that has ended leaves the batch. What is written of one does not depend on who else is in the batch, but for rounding
+        (matrix products of other shapes may be summed in another order), and but for solvers that treat a batch as one: `Ancestral` draws
+        for all of it from a generator of its own, and an adaptive solver chooses its steps for all. A level that is worth no step of
+        `max_steps`, or at most the schedule's t_min, is 0: such a token is written autoregressively.
 
         Args:
             prompt: ids (B, P); P may be 0.
@@ -191,11 +213,11 @@ class Evo(Network):
             prior: draws a token from context logits (B, V) by a number in [0, 1) for each (B,); None is
                 `NucleusPrior(top_p=..., temperature=...)`.
             decoder: takes a token from a refined latent; None is `LinearDecoder()`.
-            max_steps: K, the steps that a token at level 1 receives.
+            max_steps: K, the steps that a token at level 1 receives; one at level t receives K·t, rounded down.
             top_p, temperature: of the default prior; temperature 0 is greedy.
             window: tokens refined together; None is all of them, 1 is plain autoregression.
             lengths: (B,) lengths of right-padded prompts; None is all of P.
-            stop: ids that end a sequence, or B sets of ids, one for each.
+            stop: an id or ids that end a sequence, or B sets of ids, one for each.
             generator: of everything drawn: one, or a sequence of B. Each gives one number for each of its sequences, which seeds that
                 sequence's own stream; the same seed gives the same text.
             min_new_tokens: the shortest answer, int or (B,), a stop token included: before that stop tokens are not written. Equal to
@@ -209,7 +231,8 @@ class Evo(Network):
 
         Raises:
             ValueError, TypeError: for a prompt or a setting that cannot be served, with the value and the remedy.
-            ValueError: for weights that give NaN or infinity.
+            ValueError: for weights that give NaN or infinity, a head that gives no levels, or a prior or decoder that gives no ids.
+            SolverError: for an adaptive solver that cannot go on.
         """
         job = as_job(
             self,
@@ -239,7 +262,7 @@ class Evo(Network):
             return generate(self, job)
 
     def stream(
-        self, prompt: Tensor, max_new_tokens: int | Sequence[int] | Tensor, *, every: int = 1, **options: Any
+        self, prompt: Tensor, max_new_tokens: Lengths, *, every: int = 1, **options: Any
     ) -> Generator[Chunk, None, None]:
         """What `generate` writes, as it becomes final; the chunks of a sequence, one behind another, are its tokens there.
 
@@ -253,19 +276,21 @@ class Evo(Network):
         The options, and what is raised for them, are those of `generate`, all but `trajectory`; they are checked at once, not at the
         first chunk.
         """
-        job = as_job(self, prompt, max_new_tokens, **_as_options("stream", options, {"trajectory"}), every=every)
+        job = as_job(
+            self, prompt, max_new_tokens, **as_options(self.generate, "stream", options, {"trajectory"}), every=every
+        )
         return stream(self, job)
 
     def infill(
         self,
         prefix: Tensor,
         suffix: Tensor,
-        length: int | Sequence[int] | Tensor | None = None,
+        length: Lengths | None = None,
         *,
-        max_length: int | Sequence[int] | Tensor | None = None,
-        min_length: int | Sequence[int] | Tensor = 0,
-        prefix_lengths: Tensor | None = None,
-        suffix_lengths: Tensor | None = None,
+        max_length: Lengths | None = None,
+        min_length: Lengths = 0,
+        prefix_lengths: Lengths | None = None,
+        suffix_lengths: Lengths | None = None,
         **options: Any,
     ) -> Generation:
         """Write between a prefix and a suffix, in view of both: what `generate` does, with clean context on the right.
@@ -290,7 +315,7 @@ class Evo(Network):
         Raises:
             ValueError, TypeError: for texts or a setting that cannot be served, with the value and the remedy.
         """
-        given = _as_options("infill", options, {"lengths", "min_new_tokens"}) | {"every": _UNWATCHED}
+        given = as_options(self.generate, "infill", options, {"lengths", "min_new_tokens"}) | {"every": _UNWATCHED}
         job = as_infill(self, prefix, suffix, length, max_length, min_length, prefix_lengths, suffix_lengths, given)
         with evaluating(self):
             return generate(self, job)
@@ -299,9 +324,9 @@ class Evo(Network):
         self,
         tokens: Tensor,
         levels: float | Tensor,
-        prompt_length: int | Tensor | None = None,
+        prompt_length: Lengths | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Lengths | None = None,
         solver: Solver | None = None,
         plan: Path = early_stop,
         decoder: Decoder | None = None,
@@ -320,16 +345,20 @@ class Evo(Network):
             levels: one level for all, or (B, N). Levels that are worth no step of `max_steps`, or at most the schedule's t_min, are 0.
             prompt_length: leading tokens that are prompt, int or (B,); they have level 0, and see no later token.
             lengths: (B,) tokens present in each sequence; None is all.
-            solver, plan, decoder, max_steps, refresh, fidelity: as in `generate`; the window is all that follows the prompt.
+            solver, plan, decoder, max_steps, refresh, fidelity: as in `generate`; the window is all that follows the prompt. The plan is
+                made of all levels (B, N): an order (`by_order`) has N entries, one for each token of the text, prompt included.
             generator: of the noise; one for all or one for each sequence.
 
         Raises:
             ValueError, TypeError: for anything out of shape or range, with the value and the remedy.
+            ValueError: for weights that give NaN or infinity, or a decoder that gives no ids.
+            SolverError: for an adaptive solver that cannot go on.
         """
         batch = as_batch(self, tokens, prompt_length, lengths)
         chosen = as_levels(levels, batch, self.bos)
         if chosen is None:
             raise ValueError("levels is None; say which tokens to rewrite, by a level for all or (B, N) of them")
+        max_steps = as_count("max_steps", max_steps)
         request = Request(
             solver=as_row_solver(Euler() if solver is None else solver, max_steps),
             plan=plan,
@@ -359,21 +388,3 @@ class Evo(Network):
     def load_weights(self, path: str | os.PathLike[str]) -> Evo:
         """Put the weights of a saved model into this one, which was composed alike; returns itself, in evaluation mode."""
         return load_pretrained(path, self)
-
-
-# The options of `Evo.generate` as it declares them, so that methods that take them need not do so again.
-_OPTIONS: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(Evo.generate).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
-}
-
-
-def _as_options(method: str, given: dict[str, Any], without: set[str]) -> dict[str, Any]:
-    """All options of `generate` but some, those not given as it declares them, for another method that takes them."""
-    known = {name: value for name, value in _OPTIONS.items() if name not in without}
-    if unknown := sorted(given.keys() - known.keys()):
-        raise TypeError(
-            f"{method}() takes no {', '.join(unknown)}; its options are those of generate, without {' and '.join(sorted(without))}"
-        )
-    return known | given

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evo.core.answers import described
 from evo.core.bos import bos_slots
 from evo.core.config import EvoConfig
 from evo.core.documents import Documents
@@ -38,6 +39,10 @@ class Network(nn.Module):
             networks pretrained without one, is a learned hidden state (W,) that speaks of the first token (evenly of all entries, at
             first) and that no token sees.
         config: what `save_pretrained` writes; None for a model composed by hand, which is loaded into a model composed alike.
+
+    Raises:
+        TypeError: for a part of another kind, such as a class or a name, or a backbone that lacks what it needs.
+        ValueError: for a latent space and a backbone that do not fit.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Network(nn.Module):
         config: EvoConfig | None = None,
     ) -> None:
         super().__init__()
+        _check_parts(latent_space, backbone, schedule, timestep_head, readout)
         if latent_space.dim != backbone.dim:
             raise ValueError(
                 f"the latent space has dimension {latent_space.dim}, the backbone takes {backbone.dim}; they must agree"
@@ -220,3 +226,35 @@ class Network(nn.Module):
     def first_hidden(self, batch: int) -> Tensor:
         """The hidden state (B, 1, W) of a detached BOS, which speaks of the first token."""
         return self.bos.expand(batch, 1, -1)
+
+
+# Whoever leaves a part out has called `Evo`.
+Network.__init__.__qualname__ = "Evo.__init__"
+
+
+def _check_parts(
+    latent_space: Embeddings, backbone: nn.Module, schedule: object, head: object, readout: object
+) -> None:
+    if not isinstance(latent_space, Embeddings):
+        raise TypeError(
+            f"latent_space is {described(latent_space)}; it needs an `Embeddings`, such as LatentSpace(V, D)"
+        )
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(
+            f"backbone is {described(backbone)}; it needs a module, such as Transformer(D, W, depth, heads, positions=...)"
+        )
+    needed = {"dim": int, "width": int, "positions": int, "self_conditioned": bool}
+    if missing := [
+        f"{name} ({kind.__name__})"
+        for name, kind in needed.items()
+        if not isinstance(getattr(backbone, name, None), kind)
+    ]:
+        raise TypeError(
+            f"backbone {type(backbone).__name__} lacks {', '.join(missing)}; a backbone needs D, W, the positions it has "
+            "(an attended BOS takes one) and whether it takes an estimate as attributes, see docs/extending.md"
+        )
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule is {described(schedule)}; it needs a `Schedule`, such as Cosine(), or None for that")
+    for name, part in (("timestep_head", head), ("readout", readout)):
+        if part is not None and (isinstance(part, type) or not callable(part)):
+            raise TypeError(f"{name} is {described(part)}; it needs a module, or None for the default")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from evo.core.answers import levels_of
 from evo.core.bound import Batch, Sketch, Waiting, cross_entropy
 from evo.core.chance import Chance
 from evo.core.clock import ClockDensity
@@ -300,7 +301,7 @@ def training_levels(
     teachers = kinds.some_learners(objective.teaching)
     if not learners.whole:
         return Chosen(explored, masked, explored[rows], kinds, teachers, causal)
-    head = model.timestep_head(hidden, logits)
+    head = levels_of(model.timestep_head, hidden, logits)
     levels, masked[rows] = explored.clone(), False
     levels[rows] = with_logistic_noise(head, objective.exploration.noise, logistic[rows]).to(levels.dtype)
     # Every part asks its head for a gradient, be it of nothing: ranks with other sequences do.
@@ -330,7 +331,10 @@ def _slope(
     objective: Objective,
     kinds: Kinds,
 ) -> Tensor:
-    """By trial, on the same noise and at the same values of the clock, what is to be had by lowering levels of the learners: nats, (learners, N)."""
+    """By trial, what is to be had by lowering levels of the learners: nats, (learners, N).
+
+    The trial is on the same noise, at the same values of the clock.
+    """
     learners, share = kinds.learners, objective.self_conditioning
     rows = learners.visited(free.device)
     trial = Trial.of(sketch.levels[rows], free[rows], chance.uniform(free.shape[1], like=cost)[rows])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evo.core.answers import logits_of
 from evo.core.cache import Cache
 from evo.core.denoiser import Denoiser, VectorField
 from evo.core.masks import Causal, Mask, Window
@@ -44,7 +45,7 @@ class Prompted:
         if not latents.shape[1]:
             self.hidden = model.first_hidden(len(prompt))
             return
-        hidden = self._read(latents, level)
+        hidden = self._store(latents, level, mask=Causal())
         self.hidden = hidden[:, -1:]
         if lengths is not None and bool((lengths != size).any()):
             # What was read of the padding is taken back; nothing before it saw it.
@@ -57,11 +58,11 @@ class Prompted:
 
     def speak(self) -> Tensor:
         """Context logits (B, V) of the next token."""
-        return self.model.readout(self.hidden, self.denoiser.embeddings)[:, 0]
+        return logits_of(self.model.readout, self.hidden, self.denoiser.embeddings)[:, 0]
 
     def read(self, latents: Tensor, level: Tensor) -> Tensor:
         """Append tokens, as latents (B, n, D) at levels (B, n): hidden states (B, n, W), each of which speaks of the token behind."""
-        hidden = self._read(latents, level)
+        hidden = self._store(latents, level, mask=Causal())
         self.hidden = hidden[:, -1:]
         return hidden
 
@@ -79,14 +80,8 @@ class Prompted:
         """
         count, ahead = latents.shape[1], noise.shape[1]
         pure = self.model.schedule.noise(torch.ones_like(noise[..., :1])) * noise
-        hidden = self.model.hidden_states(
-            torch.cat([latents, pure], 1),
-            F.pad(level, (0, ahead), value=1.0),
-            mask=mask,
-            own=torch.arange(count + ahead, device=noise.device) >= count,
-            cache=self.cache,
-            store=True,
-        )
+        own = torch.arange(count + ahead, device=noise.device) >= count
+        hidden = self._store(torch.cat([latents, pure], 1), F.pad(level, (0, ahead), value=1.0), mask=mask, own=own)
         self.cache.rewind(ahead)
         if count:
             self.hidden = hidden[:, count - 1 : count]
@@ -115,9 +110,16 @@ class Prompted:
         def network(latents: Tensor, level: Tensor, estimate: Tensor | None = None) -> Tensor:
             own = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)
             hidden = self.model.hidden_states(latents, level, mask=mask, own=own, estimate=estimate, cache=cache)
-            return self.model.readout(hidden, self.denoiser.embeddings)
+            return logits_of(self.model.readout, hidden, self.denoiser.embeddings)
 
         return VectorField(network, self.denoiser, self.model.self_conditioned)
 
-    def _read(self, latents: Tensor, level: Tensor) -> Tensor:
-        return self.model.hidden_states(latents, level, mask=Causal(), cache=self.cache, store=True)
+    def _store(self, latents: Tensor, level: Tensor, *, mask: Mask, own: Tensor | None = None) -> Tensor:
+        before, count = self.cache.length, latents.shape[1]
+        hidden = self.model.hidden_states(latents, level, mask=mask, own=own, cache=self.cache, store=True)
+        if self.cache.length != before + count:
+            raise ValueError(
+                f"the backbone was asked to store {count} tokens and stored {self.cache.length - before}: with `store` it needs "
+                "`cache.write` in every layer and `cache.advance` behind the last; `evo.testing.check_backbone` tells more"
+            )
+        return hidden

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evo.core.agenda import Agenda, Work
+from evo.core.answers import decoded_by, logits_of
+from evo.core.contract import check_called
 from evo.core.denoiser import Denoised
 from evo.core.ends import Banned
 from evo.core.prompted import Prompted
 from evo.heads import Decoder
+from evo.schedules import check_rows
 from evo.solvers import FixedStep, Solver, integrate
 
 Plan = Callable[[Tensor, int, float], Tensor]
@@ -52,6 +55,10 @@ class Request:
     fidelity: float | None = None
 
     def __post_init__(self) -> None:
+        check_called("plan", self.plan, "plan(levels, max_steps, t_min)", "evo.schedules.early_stop")
+        check_called(
+            "decoder", self.decoder, "decoder(logits, denoised, embeddings, uniform)", "evo.heads.LinearDecoder()"
+        )
         if not isinstance(self.refresh, int) or self.refresh < 1:
             raise ValueError(
                 f"refresh is {self.refresh!r}; it counts steps from one look at the whole window to the next: 1 (every step) or more"
@@ -129,7 +136,7 @@ class _LiveField:
         )
         if work.picked is not None:
             hidden = hidden.index_select(1, work.picked)
-        logits = self.state.model.readout(hidden, denoiser.embeddings)
+        logits = logits_of(self.state.model.readout, hidden, denoiser.embeddings)
         if self.banned is not None:
             size = level.shape[1]
             logits = self.banned(logits[0], work.read // size, work.read % size).unsqueeze(0)
@@ -146,12 +153,14 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
     alone; only a solver that chooses its own steps chooses them for all.
 
     Raises:
-        ValueError: if the network gives NaN or infinity.
+        ValueError, TypeError: if the network gives NaN or infinity, for a plan that is none, or for a decoder that gives no ids.
     """
     # A plan may be made for windows of full width (`by_order`); a shorter one is its beginning.
     size = sketch.tokens.shape[1]
     levels = F.pad(sketch.levels, (0, request.window - size))
-    plan = request.plan(levels, request.max_steps, state.denoiser.schedule.t_min)[..., :size]
+    plan = request.plan(levels, request.max_steps, state.denoiser.schedule.t_min)
+    check_rows(plan, levels, request.max_steps)
+    plan = plan[..., :size]
     if request.fidelity is not None:
         plan = plan.clone()
     field = _LiveField(state, sketch)
@@ -178,7 +187,7 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
                 plan[:, row + 1 :].masked_fill_(early.unsqueeze(1), 0.0)
             moved, target = latents, torch.where(moving, after, level)
             if any_moving and isinstance(solver, FixedStep):
-                moved, memory = solver.step(field, latents, level, target, memory)
+                moved, memory = solver.advance(field, latents, level, target, memory)
             elif any_moving:
                 moved = integrate(field, latents, level, target, solver=solver).latents
             found = field.found(latents, level)
@@ -189,7 +198,7 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
             if (commit := agenda.commit()) is not None:
                 among, places = commit
                 log_probs, uniform = found.log_probs[0, among], _take(sketch.uniform, places)[0]
-                chosen = request.decoder(log_probs, found.latents[0, among], embeddings, uniform)
+                chosen = decoded_by(request.decoder, log_probs, found.latents[0, among], embeddings, uniform)
                 tokens = _put(tokens, places, chosen)
                 latents = _put(latents, places, embeddings[chosen].to(latents.dtype))
         if request.trajectory:

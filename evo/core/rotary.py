@@ -141,6 +141,8 @@ class Rotary:
 class RotaryTable(nn.Module):
     """Cosines and sines of positions, as `rotate` takes them.
 
+    Frequencies are rounded to float32 for good: a model has the same ones whatever its dtype, under `.double()` too.
+
     Args:
         rotary: the frequencies.
         head_dim: C, even, at most `HEAD_DIM_LIMIT`.

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evo.core.files import parse_json, read_json
+from evo.files import parse_json, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

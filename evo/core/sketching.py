@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evo.core.answers import levels_of, logits_of, outside, tokens_of, wrong_level
 from evo.core.ends import Ends
 from evo.core.masks import Causal
 from evo.core.prompted import Prompted
@@ -117,7 +118,7 @@ class WindowSketch:
         """Sketch the window, handing out what nothing can change any more, sequence by sequence in order.
 
         Raises:
-            ValueError: for logits that are not finite.
+            ValueError: for logits that are not finite, or a timestep head that gives no levels.
         """
         schedule = self.state.denoiser.schedule
         if self.how.never_sketches(schedule, self.levels):
@@ -138,28 +139,25 @@ class WindowSketch:
                 last, self.size = (latent, level), run.stop
             if walker is self.state:
                 self.read = self.size - columns[-1][0].shape[1]
-            # The latest tokens see all others: what is not finite anywhere has reached them.
-            if not columns[-1][3].isfinite().all():
-                raise ValueError(
-                    "the network gave NaN or infinite logits while sketching; look for such values in its weights"
-                )
             places, here = slice(None) if len(rows) == len(self.tokens) else rows, slice(begin, self.size)
             tokens, levels = (torch.cat([column[part] for column in columns], 1) for part in (0, 2))
+            drawn, chosen = tokens.tolist(), levels.tolist()
+            _check([column[3] for column in columns], chosen)
             self.tokens[places, here] = tokens
             if not self._still:
                 self.latents[places, here] = torch.cat([column[1] for column in columns], 1)
                 self.levels[places, here] = levels
-            yield from self._look(active, begin, tokens.tolist(), levels.tolist())
+            yield from self._look(active, begin, drawn, chosen)
             going = [place for place, row in enumerate(active) if not self.ended[row]]
             if going and len(going) < len(active):
-                chosen = torch.tensor(going, device=device)
+                index = torch.tensor(going, device=device)
                 if walker is self.state and not any(self.ended[row] and self.noisy[row] for row in active):
-                    walker.select(chosen)
+                    walker.select(index)
                     self.standing = [active[place] for place in going]
                 else:
-                    walker = walker.take(chosen)
-                rows = rows[chosen]
-                last = last and (last[0][chosen], last[1][chosen])
+                    walker = walker.take(index)
+                rows = rows[index]
+                last = last and (last[0][index], last[1][index])
             active = [active[place] for place in going]
 
     def _speak(
@@ -178,7 +176,7 @@ class WindowSketch:
             latents, level = (waiting[:, :0], waiting[:, :0, 0]) if last is None else last
             own = walker.look_ahead(latents, level, waiting, Causal())
             hidden = torch.cat([walker.hidden, own[:, 1:]], 1)
-        return hidden, walker.model.readout(hidden, walker.denoiser.embeddings)
+        return hidden, logits_of(walker.model.readout, hidden, walker.denoiser.embeddings)
 
     def _draw(self, hidden: Tensor, logits: Tensor, run: slice, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (A, k), latents (A, k, D) and levels (A, k) of a run, from the hidden states (A, k, W) and logits (A, k, V) of it."""
@@ -186,13 +184,14 @@ class WindowSketch:
         if self.banned is not None:
             allowed = self.banned(logits, rows[:, None], torch.arange(run.start, run.stop, device=rows.device))
         uniform = self._of(self.uniform, rows, run)
-        token = self.how.prior(allowed.flatten(0, 1), uniform.flatten()).view_as(uniform)
+        token = tokens_of(self.how.prior, allowed.flatten(0, 1), uniform.flatten()).view_as(uniform)
         clean = self.state.denoiser.embeddings[token].to(self.noise.dtype)
         if self._still:
             return token, clean, torch.zeros_like(clean[..., 0])
-        level = self.how.timestep_head(hidden, logits).to(clean.dtype)
+        level = levels_of(self.how.timestep_head, hidden, logits).to(clean.dtype)
         refined = self.how.refined(level, self._t_min)
-        level = torch.where(refined, level, 0.0)
+        # What is no level stays what it is, for the host to see.
+        level = torch.where(refined | outside(level), level, 0.0)
         noised = self.state.denoiser.schedule.noised(clean, self._of(self.noise, rows, run), level)
         return token, torch.where(refined.unsqueeze(-1), noised, clean), level
 
@@ -213,3 +212,19 @@ class WindowSketch:
                 self.shown[row] += final
                 last = self.ended[row] and not self.noisy[row]
                 yield Run(row=row, place=begin, tokens=drawn[:final], levels=noise[:final], last=last)
+
+
+def _check(logits: list[Tensor], levels: list[list[float]]) -> None:
+    """Raise ValueError for logits (A, k, V) of runs, one behind another, that are not finite, or for what is no level."""
+    # The latest tokens see all others: what is not finite anywhere has reached them.
+    if all(0 <= level <= 1 for row in levels for level in row) and logits[-1].isfinite().all():
+        return
+    begin = 0
+    for run in logits:
+        if not run.isfinite().all():
+            break
+        end = begin + run.shape[1]
+        if wrong := [level for row in levels for level in row[begin:end] if not 0 <= level <= 1]:
+            raise wrong_level(wrong[0])
+        begin = end
+    raise ValueError("the network gave NaN or infinite logits while sketching; look for such values in its weights")

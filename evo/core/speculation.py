@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evo.core.answers import logits_of, tokens_of
 from evo.core.draws import Draws
 from evo.core.ends import Ends
 from evo.core.masks import Causal, Window
@@ -153,7 +154,8 @@ class _Writer:
             return logits if self.banned is None else self.banned(logits, sequence, places[:, here])
 
         def draw(logits: Tensor, here: slice) -> Tensor:
-            return self.prior(allowed(logits, here).flatten(0, 1), uniform[:, here].flatten()).view(logits.shape[:2])
+            flat = allowed(logits, here).flatten(0, 1)
+            return tokens_of(self.prior, flat, uniform[:, here].flatten()).view(logits.shape[:2])
 
         level = noise.new_zeros(last.shape[:2])
         mask = Causal() if self.how.causal else Window(state.cache.lengths + last.shape[1])
@@ -161,12 +163,12 @@ class _Writer:
         spoken = state.speak().unsqueeze(1)
         guesses = first = draw(spoken, slice(0, 1))
         if count:
-            own = state.model.readout(hidden[:, 1:], embeddings)
+            own = logits_of(state.model.readout, hidden[:, 1:], embeddings)
             if not self.how.causal:
                 own = self._flow(state, noise[:, 1:-1], own, embeddings[first].to(noise.dtype))
             guesses = torch.cat([first, allowed(own, slice(1, -1)).argmax(-1)], 1)
         read = state.read(embeddings[guesses].to(noise.dtype), noise.new_zeros(guesses.shape))
-        logits = state.model.readout(read, embeddings)
+        logits = logits_of(state.model.readout, read, embeddings)
         drawn = torch.cat([first, draw(logits, slice(1, None))], 1)
         agreed = (drawn[:, 1:-1] == guesses[:, 1:]).long().cumprod(1).sum(1, keepdim=True)
         finite = spoken.isfinite().flatten(1).all(1) & logits.isfinite().flatten(1).all(1)

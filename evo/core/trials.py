@@ -37,8 +37,9 @@ class Trial:
         return cls(levels=torch.where(moved, (levels < 0.5).to(levels.dtype), levels), moved=moved)
 
     def slope(self, beyond: Tensor) -> Tensor:
-        """What is to be had by lowering each level, nats, (B, N): what moving it cost, shared by those of a sequence that were moved, with the
-        sign of the way they went; 0 of the others.
+        """What is to be had by lowering each level: nats, (B, N).
+
+        It is what moving it cost, shared by those of a sequence that were moved, with the sign of the way they went; 0 of the others.
 
         `beyond`, (B,), is what each sequence costs at these levels beyond what it did before, in nats.
         """

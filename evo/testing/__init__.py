@@ -4,9 +4,11 @@ Each check raises `PropertyError` with a sentence that says which property broke
 needs more than the library itself, except `evo.testing.strategies`, which needs Hypothesis.
 """
 
+from evo.testing.backbone import check_backbone
 from evo.testing.duality import check_duality
 from evo.testing.errors import PropertyError
 from evo.testing.heads import check_head
+from evo.testing.latent_space import check_latent_space
 from evo.testing.model import check_model_limits
 from evo.testing.plans import check_plan
 from evo.testing.schedules import check_schedule
@@ -18,8 +20,10 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "PropertyError",
+    "check_backbone",
     "check_duality",
     "check_head",
+    "check_latent_space",
     "check_marginals",
     "check_model_limits",
     "check_plan",
