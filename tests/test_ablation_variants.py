@@ -55,6 +55,7 @@ def test_what_variants_share_begins_with_the_same_weights(name):
     assert all(torch.equal(found[key], expected[key]) for key in shared)
 
 
+@pytest.mark.slow
 def test_held_out_examples_teach_the_head_and_nothing_else():
     row = small(variant="held-out", task="parity-8", budget=20 * 64)
     plan = plan_of(row, PARITY, CPU, progress=False)

@@ -91,7 +91,7 @@ def test_the_folder_of_a_run_points_to_its_model(trained, capsys):
     assert capsys.readouterr().err.endswith(f"; there is a model in {out / 'model'}\n")
 
 
-@pytest.mark.parametrize("options", [["info"], ["generate", "--help"]])
+@pytest.mark.parametrize("options", [pytest.param(["info"], marks=pytest.mark.slow), ["generate", "--help"]])
 def test_nobody_reads_on_and_nothing_is_said(options):
     read, write = os.pipe()
     os.close(read)

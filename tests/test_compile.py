@@ -116,6 +116,7 @@ def test_refinement_behind_a_growing_cache_recompiles_at_most_thrice(model):
     assert compiled.recompilations <= 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_changing_batches_and_lengths_recompile_at_most_thrice(model):
     compiled = Compiled(model.eval())

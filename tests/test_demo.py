@@ -58,6 +58,7 @@ def test_the_page_is_one_file_that_holds_the_refinement(done):
         assert "def " in sequence["prompt"]
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_the_first(done, capsys):
     before = {file: file.stat().st_mtime_ns for file in (done.out / "checkpoints").rglob("*.safetensors")}
     weights = Evo.from_pretrained(done.out / "model").state_dict()

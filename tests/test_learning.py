@@ -49,7 +49,10 @@ def trained(probabilities: torch.Tensor, steps: int, **overrides) -> evo.Evo:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "self-conditioned"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, id="plain"), pytest.param(True, id="self-conditioned", marks=pytest.mark.slow)],
+)
 def network(request) -> evo.Evo:
     return trained(distribution(1), 200, self_conditioning=request.param)
 

@@ -380,5 +380,5 @@ class TestEvaluate:
             evo.evaluate(MODEL, iter([]))
         with pytest.raises(ValueError, match="clock_values is 0"):
             evo.evaluate(MODEL, tokens_of(0), clock_values=0)
-        with pytest.raises(ValueError, match="as many sequences"):
+        with pytest.raises(ValueError, match="needs a row for each sequence"):
             evo.evaluate(MODEL, tokens_of(0), torch.zeros(2, 2))

@@ -29,7 +29,9 @@ class Oracle:
         self.distribution, self.schedule = distribution, distribution.schedule
         embeddings = distribution.embeddings
         self.bos, self.self_conditioned = embeddings[0], False
-        self.latent_space = SimpleNamespace(weight=embeddings, directions=embeddings, dim=embeddings.shape[1])
+        self.latent_space = SimpleNamespace(
+            weight=embeddings, directions=embeddings, vocab_size=len(embeddings), dim=embeddings.shape[1]
+        )
 
     def sketch(self, latents: Tensor, level: Tensor, **_: object) -> Tensor:
         return self.distribution.context_log_probs(self.distribution.evidence(latents, level))
