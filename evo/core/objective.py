@@ -226,17 +226,10 @@ def training_step(
             if chosen is None
             else _compared(objective.extremes, cost, sketch.levels, free, chosen)
         )
-    if chosen is not None and chosen.kinds.learners.whole:
-        learners, pushes = chosen.kinds.learners, []
-        if objective.extremes is not None:
-            pushes.append(objective.extremes.push(chosen.head))
-        if objective.trials and clock is not None:
-            slope = _slope(sketch, cost, free, clock, path, chance, objective, chosen.kinds)
-            pushes.append(pushed(chosen.head, objective.trials * slope.to(chosen.head.dtype)))
-        if pushes:
-            total = (sum(pushes) * free[learners.rows(free.device)]).sum()
-            # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
-            loss = loss + total / count * (part.total / learners.whole)
+    if chosen is not None and clock is not None and chosen.kinds.learners.whole:
+        push = _push(sketch, cost, free, clock, path, chance, objective, chosen)
+        # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
+        loss = loss + push / count * (part.total / chosen.kinds.learners.whole)
     return Output(
         loss=loss,
         sketch_bits=bits,
@@ -318,6 +311,28 @@ def _waiting(batch: Batch, noise: Tensor, parallel: Subset, chance: Chance) -> W
     rows = parallel.rows(noise.device)
     known[rows] = (batch.prompt + (place * batch.free.sum(1)).long())[rows]
     return Waiting(known=known, noise=fresh)
+
+
+def _push(
+    sketch: Sketch,
+    cost: Tensor,
+    free: Tensor,
+    clock: Tensor,
+    path: Path,
+    chance: Chance,
+    objective: Objective,
+    chosen: Chosen,
+) -> Tensor | float:
+    """What moves the head's logits beside the gradient of the bound, nats summed over its levels: ends that are better, and trials."""
+    pushes: Tensor | float = 0.0
+    if objective.extremes is not None:
+        pushes = pushes + objective.extremes.push(chosen.head)
+    if objective.trials:
+        slope = _slope(sketch, cost, free, clock, path, chance, objective, chosen.kinds)
+        pushes = pushes + pushed(chosen.head, objective.trials * slope.to(chosen.head.dtype))
+    if isinstance(pushes, float):
+        return pushes
+    return (pushes * free[chosen.kinds.learners.rows(free.device)]).sum()
 
 
 @torch.no_grad()
