@@ -19,14 +19,14 @@ seeds = st.integers(0, 10**6)
 
 
 @given(seed=seeds, count=st.integers(1, 5), length=st.integers(1, 80))
-def test_a_sixteenth_of_the_free_tokens_is_moved_to_the_farther_end(seed, count, length):
+def test_one_free_token_of_each_sequence_is_moved_to_the_farther_end(seed, count, length):
     draws = generator(seed)
     levels, u = torch.rand(2, count, length, generator=draws, dtype=torch.float64)
     free = torch.rand(count, length, generator=draws) < torch.rand(count, 1, generator=draws)
     trial = Trial.of(levels, free, u)
     assert not (trial.moved & ~free).any()
     for moved, tokens in zip(trial.moved.sum(1).tolist(), free.sum(1).tolist(), strict=True):
-        assert moved == min(tokens, max(1, round(tokens / 16)))
+        assert moved == min(tokens, 1)
     assert torch.equal(trial.levels[~trial.moved], levels[~trial.moved])
     assert ((trial.levels - levels).abs() >= 0.5)[trial.moved].all()
     assert set(trial.levels[trial.moved].tolist()) <= {0.0, 1.0}
@@ -48,7 +48,16 @@ def test_levels_move_the_way_that_was_cheaper(beyond, seed):
     assert slope[~trial.moved].abs().max() == 0
     upward = (trial.levels > levels)[trial.moved]
     # A loss `slope * logit` moves levels against the sign of the slope.
-    assert torch.equal(slope[trial.moved], (2 * upward.double() - 1) * beyond / 2)
+    assert torch.equal(slope[trial.moved], (2 * upward.double() - 1) * beyond)
+
+
+@given(seed=seeds, length=st.integers(1, 300))
+def test_the_slope_of_a_token_is_what_moving_it_costs_whatever_the_others_cost(seed, length):
+    draws = generator(seed)
+    cost, u = torch.randn(2, 64, length, generator=draws, dtype=torch.float64)
+    trial = Trial.of(torch.zeros_like(cost), torch.ones(64, length, dtype=torch.bool), u)
+    slope = trial.slope((trial.moved * cost).sum(1))
+    assert torch.equal(slope[trial.moved], cost[trial.moved])
 
 
 @pytest.mark.parametrize(("price", "causal"), [(0.0, 0.0), (3.0, 1.0)])

@@ -43,7 +43,7 @@ class Objective:
         entropy_weight: weight of the entropy of the levels used across a sequence, which is rewarded.
         level_price: price of a unit of level, in nats a token.
         trials: weight of what is found by trial, 0 for none: the sequences with the head's levels are measured again, without a gradient,
-            with a few levels at the end farther away, and the head's logits are moved by the difference. A level at an end has next to
+            each with one level at the end farther away, and the logits of these are moved by the difference. A level at an end has next to
             no gradient in its logit, and would else not learn that for this token the other end has become better.
         weight_cap: the flow integrand's weight is cut here, so that one rare low level cannot drown a batch.
         self_conditioning: share of the sequences, in [0, 1] and rounded down, whose network sees its own earlier estimate, where it

@@ -95,7 +95,7 @@ class CurriculumConfig:
     compare_ends: bool = True
     """Compare what the head's levels cost with level 0 and with level 1, and move them towards an end that is better."""
     trials: float = 1.0
-    """Weight of what the head learns by trial: a few of its levels are measured at their other end too. 0 makes no trials."""
+    """Weight of what the head learns by trial: single levels are measured at their other end too. 0 makes no trials."""
     weight_cap: float = 50.0
     """Largest weight of the flow's error at a level, in training; in evaluation there is no limit."""
     level_entropy: float = 0.01
