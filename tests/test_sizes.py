@@ -154,11 +154,15 @@ def test_flops_of_a_refinement_step_behind_a_cached_prompt(counted, config, leng
     share=st.sampled_from([0.0, 0.5, 1.0]),
     causal_weight=st.sampled_from([0.0, 1.0]),
     self_conditioning=st.sampled_from([0.0, 0.5, 1.0]),
+    trials=st.sampled_from([0.0, 1.0]),
 )
-def test_flops_of_a_training_step(counted, config, length, sequences, share, causal_weight, self_conditioning):
+def test_flops_of_a_training_step(counted, config, length, sequences, share, causal_weight, self_conditioning, trials):
     model, flops = config.build().train(), Flops.of(config, attention_backward=2)
     objective = Objective(
-        exploration=Exploration(share=share), causal_weight=causal_weight, self_conditioning=self_conditioning
+        exploration=Exploration(share=share),
+        causal_weight=causal_weight,
+        self_conditioning=self_conditioning,
+        trials=trials,
     )
     tokens = torch.randint(0, 101, (sequences, length))
     found = counted(lambda: model(tokens, objective=objective).loss.backward())

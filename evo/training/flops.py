@@ -97,7 +97,7 @@ class Flops:
         """Of one training step at explored levels on `sequences` of `length` tokens: both halves with their gradients, the first pass.
 
         Args:
-            objective: how many sequences explore, whether the first pass has a gradient, how many see an estimate.
+            objective: how many sequences explore, whether the first pass has a gradient, how many see an estimate, whether trials are made.
             sequences: in one pass of the network.
             length: tokens of each.
             checkpointing: blocks are computed once more on the way back.
@@ -127,10 +127,14 @@ class Flops:
         if learners:
             # The head's input has no gradient, which spares the first of its two layers a product.
             total += learners * length * (2 * self.head + self.head_last)
+        once = refine * self.forward(refine) + length * self._denoised
+        guesses, estimated = batch.some(objective.self_conditioning, kinds).whole, 2 * sequences
+        if learners and objective.trials:
+            # Sketch, flow and reconstruction of the learners once more, without a gradient.
+            total += learners * (sketch * self.forward(sketch) + length * (self.readout + 2 * self.posterior) + once)
+            guesses, estimated = guesses + kinds.some_learners(objective.self_conditioning).whole, estimated + learners
         if self.estimate:
-            guessing = batch.some(objective.self_conditioning, kinds).whole
-            total += guessing * (refine * self.forward(refine) + length * self._denoised)
-            total += 2 * sequences * refine * self.estimate
+            total += guesses * once + estimated * refine * self.estimate
         return total
 
 
