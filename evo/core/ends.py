@@ -45,7 +45,7 @@ class Ends:
                 return index + 1
         return None
 
-    def banned(self, start: int, vocab_size: int, device: torch.device) -> Banned | None:
+    def banned(self, start: int, device: torch.device) -> Banned | None:
         """What may not come at `start` and behind it; None if everything may."""
         early = [fewest - 1 - start for fewest, stop in zip(self.fewest, self.stop, strict=True) if stop]
         if max(early, default=0) <= 0:

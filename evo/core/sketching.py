@@ -109,7 +109,7 @@ class WindowSketch:
         self.latents, self.levels = torch.zeros_like(noise), torch.zeros_like(noise[..., 0])
         self.length, self.shown = [count] * batch, [0] * batch
         self.ended, self.noisy = [False] * batch, [False] * batch
-        self.banned = ends.banned(start, state.model.latent_space.vocab_size, noise.device)
+        self.banned = ends.banned(start, noise.device)
         self._t_min = state.denoiser.schedule.t_min
         # A head that says 0 of every token need not be asked.
         self._still = how.never_refines(noise, self._t_min)

@@ -73,7 +73,7 @@ def speculate(
     embeddings = state.denoiser.embeddings
     device, most = embeddings.device, max(ends.most)
     noise, uniform = draws.take(most, embeddings)
-    writer = _Writer(noise, uniform[..., 0], ends, prior, how, state.model.latent_space.vocab_size)
+    writer = _Writer(noise, uniform[..., 0], ends, prior, how)
     rows, written, hopes = list(range(len(noise))), [0] * len(noise), [how.run] * len(noise)
     last = noise[:, :0]
     while rows:
@@ -123,11 +123,9 @@ class _Writer:
         uniform: (B, M) in [0, 1).
     """
 
-    def __init__(
-        self, noise: Tensor, uniform: Tensor, ends: Ends, prior: Prior, how: Speculation, vocab_size: int
-    ) -> None:
+    def __init__(self, noise: Tensor, uniform: Tensor, ends: Ends, prior: Prior, how: Speculation) -> None:
         self.noise, self.uniform, self.prior, self.how = noise, uniform, prior, how
-        self.banned = ends.banned(0, vocab_size, noise.device)
+        self.banned = ends.banned(0, noise.device)
 
     def round(
         self, state: Prompted, last: Tensor, rows: list[int], starts: list[int], count: int
