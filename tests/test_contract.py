@@ -227,7 +227,7 @@ def test_parts_that_do_not_fit():
     ):
         with pytest.raises(TypeError, match=said):
             Evo(**{**fitting, **wrong})
-    with pytest.raises(TypeError, match=r"Evo.__init__\(\) missing 1 required keyword-only argument: 'latent_space'"):
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'latent_space'"):
         Evo(backbone=fitting["backbone"])
     with pytest.raises(ValueError, match="share 2"):
         Objective(exploration=Exploration(share=2))

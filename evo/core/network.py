@@ -228,10 +228,6 @@ class Network(nn.Module):
         return self.bos.expand(batch, 1, -1)
 
 
-# Whoever leaves a part out has called `Evo`.
-Network.__init__.__qualname__ = "Evo.__init__"
-
-
 def _check_parts(
     latent_space: Embeddings, backbone: nn.Module, schedule: object, head: object, readout: object
 ) -> None:
