@@ -20,6 +20,7 @@ from evo.training.state import TrainState
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]
+LINKED = [*PAGES, *sorted((ROOT / "benchmarks").rglob("README.md"))]
 COMMANDS = sorted(
     {
         line
@@ -99,7 +100,12 @@ def test_extras_to_install_exist(page):
         assert set(re.split(r",\s*", names)) <= known, names
 
 
-@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_documents_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
-        assert (document.parent / target).exists(), target
+    for target, section in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", document.read_text(encoding="utf-8")):
+        page = document.parent / target if target else document
+        assert page.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert section in anchors, section
