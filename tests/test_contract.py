@@ -51,7 +51,10 @@ def test_tokens(tokens, error, said):
         (-0.1, "got -0.1"),
         (float("nan"), "got nan"),
         (torch.full((2, 5), 2.0), "got 2.0"),
-        (torch.zeros(2), r"shape \(2, 5\) on cpu, got torch.float32 \(2,\)"),
+        (torch.zeros(2), r"on cpu, of shape \(2, 5\), \(2, 1\).* or \(1, 5\).*, got torch.float32 \(2,\)"),
+        (torch.zeros(5), r"\(1, 5\) for one a position, got torch.float32 \(5,\)"),
+        (torch.zeros(2, 4), r"got torch.float32 \(2, 4\)"),
+        (torch.tensor([[0.5], [float("nan")]]), "got nan"),
         (torch.zeros(2, 5, dtype=torch.int64), "floating-point"),
     ],
 )
@@ -177,6 +180,20 @@ def test_no_clock_value_is_no_bound(count):
         evaluate(MODEL, TOKENS, batch_size=count)
     with pytest.raises(ValueError, match=r"levels has shape \(\), tokens \(2, 5\)"):
         evaluate(MODEL, TOKENS, torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 5)])
+def test_levels_of_each_sequence_or_of_each_position(shape):
+    levels = torch.rand(shape, generator=generator())
+    whole = levels.expand(2, 5).clone()
+    for call in (MODEL.log_prob, MODEL.edit):
+        some, each = (call(TOKENS, given, generator=generator()) for given in (levels, whole))
+        assert torch.equal(*(found if isinstance(found, torch.Tensor) else found.tokens for found in (some, each)))
+    assert torch.equal(*(MODEL(TOKENS, levels=given, generator=generator()).bound for given in (levels, whole)))
+    if shape == (2, 1):
+        assert evaluate(MODEL, TOKENS, levels, batch_size=1, generator=generator()) == evaluate(
+            MODEL, TOKENS, whole, batch_size=1, generator=generator()
+        )
 
 
 def test_lists_are_cut_into_batches_too():

@@ -205,11 +205,11 @@ def as_part(part: Part | None, batch: Batch, scored: Tensor) -> Part:
     return part
 
 
-def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look: bool = True) -> Tensor | None:
-    """Levels (B, N) in [0, 1], float32 or wider, from one for all or one for each token; None stays None."""
+def as_levels(levels: float | Tensor | None, shape: torch.Size, like: Tensor, *, look: bool = True) -> Tensor | None:
+    """Levels of a shape (B, N), in [0, 1], float32 or wider, from one for all or from (B, N), (B, 1) or (1, N) of them; None stays None."""
     if levels is None:
         return None
-    dtype, shape = torch.promote_types(like.dtype, torch.float32), batch.tokens.shape
+    dtype, (rows, columns) = torch.promote_types(like.dtype, torch.float32), shape
     if not isinstance(levels, Tensor):
         if not isinstance(levels, Real):
             raise TypeError(
@@ -218,15 +218,16 @@ def as_levels(levels: float | Tensor | None, batch: Batch, like: Tensor, *, look
         if not 0 <= levels <= 1:
             raise ValueError(f"levels must lie in [0, 1] (1 is noise, 0 a realised word), got {levels}")
         return torch.full(shape, float(levels), dtype=dtype, device=like.device)
-    if not levels.is_floating_point() or levels.shape != shape or levels.device != like.device:
+    fits = levels.dim() == 2 and levels.shape[0] in (rows, 1) and levels.shape[1] in (columns, 1)
+    if not levels.is_floating_point() or not fits or levels.device != like.device:
         raise ValueError(
-            f"levels must be None, one number, or a floating-point tensor of shape {tuple(shape)} on {like.device}, "
-            f"got {levels.dtype} {tuple(levels.shape)} on {levels.device}"
+            f"levels must be None, one number, or a floating-point tensor on {like.device}, of shape {tuple(shape)}, ({rows}, 1) for one a "
+            f"sequence, or (1, {columns}) for one a position, got {levels.dtype} {tuple(levels.shape)} on {levels.device}"
         )
     wrong = ~((levels >= 0) & (levels <= 1))
     if look and bool(wrong.any()):
         raise ValueError(f"levels must lie in [0, 1] (1 is noise, 0 a realised word), got {levels[wrong][0].item()}")
-    return levels.to(dtype)
+    return levels.to(dtype).expand(shape).contiguous()
 
 
 def as_prompt(

@@ -132,7 +132,7 @@ def evaluate(
     Args:
         model: dropout is off for the duration, whatever mode it is in.
         tokens: ids (S, N), cut into batches of `batch_size`, or an iterable of (B, N) batches.
-        levels: a float or a tensor (S, N); None is the levels that the head chooses, position by position.
+        levels: a float or a tensor, (S, N) or (S, 1); None is the levels that the head chooses, position by position.
         prompt_length: leading tokens that are prompt, int or (S,); they have level 0 and see no later token.
         lengths: (S,) tokens present in each right-padded sequence; None is all.
         suffix_length: trailing tokens that are clean context on the right, int or (S,); nobody codes them.
@@ -190,7 +190,7 @@ def evaluate(
                 model, chunk, rows["prompt_length"], rows["lengths"], rows["suffix_length"], rows["documents"]
             )
             scored = as_mask(rows["loss_mask"], batch)
-            chosen = as_levels(rows["levels"], batch, model.bos)
+            chosen = as_levels(rows["levels"], chunk.shape, model.bos)
             chance, part = Chance(generator, len(chunk)), as_part(None, batch, scored)
             out = measure(model, batch, scored, chosen, path, chance, part, clock_values, snap)
             sums.append((out.bound * scored).double().sum(1).cpu())

@@ -91,7 +91,7 @@ class Evo(Network):
         Args:
             tokens: ids, (B, N) int64.
             loss_mask: bool (B, N), what is scored; None is everything present. It says nothing about levels.
-            levels: one level for all, (B, N), or None for those of the head.
+            levels: one level for all, a tensor (B, N), (B, 1) or (1, N) of them, or None for those of the head.
             prompt_length: leading tokens that are prompt, int or (B,); they have level 0 and see no later token.
             lengths: (B,) tokens present in each right-padded sequence; None is all.
             suffix_length: of these, the trailing ones that are clean context on the right, int or (B,). They have level 0, see the prompt
@@ -111,7 +111,7 @@ class Evo(Network):
         """
         batch = as_batch(self, tokens, prompt_length, lengths, suffix_length, documents)
         scored = as_mask(loss_mask, batch)
-        chosen = as_levels(levels, batch, self.bos, look=looks(self))
+        chosen = as_levels(levels, tokens.shape, self.bos, look=looks(self))
         part = as_part(part, batch, scored)
         check_path(path)
         chance = Chance(generator, len(tokens), part.common)
@@ -151,7 +151,7 @@ class Evo(Network):
         clock_values = as_count("clock_values", clock_values)
         check_path(path)
         batch = as_batch(self, tokens, prompt_length, lengths, suffix_length, documents)
-        chosen = as_levels(levels, batch, self.bos)
+        chosen = as_levels(levels, tokens.shape, self.bos)
         with evaluating(self):
             chance, part = Chance(generator, len(tokens)), as_part(None, batch, batch.present)
             return -measure(self, batch, batch.present, chosen, path, chance, part, clock_values).bound
@@ -342,7 +342,8 @@ class Evo(Network):
 
         Args:
             tokens: ids (B, N), right-padded.
-            levels: one level for all, or (B, N). Levels that are worth no step of `max_steps`, or at most the schedule's t_min, are 0.
+            levels: one level for all, or a tensor (B, N), (B, 1) or (1, N) of them. Levels that are worth no step of `max_steps`, or at
+                most the schedule's t_min, are 0.
             prompt_length: leading tokens that are prompt, int or (B,); they have level 0, and see no later token.
             lengths: (B,) tokens present in each sequence; None is all.
             solver, plan, decoder, max_steps, refresh, fidelity: as in `generate`; the window is all that follows the prompt. The plan is
@@ -355,7 +356,7 @@ class Evo(Network):
             SolverError: for an adaptive solver that cannot go on.
         """
         batch = as_batch(self, tokens, prompt_length, lengths)
-        chosen = as_levels(levels, batch, self.bos)
+        chosen = as_levels(levels, tokens.shape, self.bos)
         if chosen is None:
             raise ValueError("levels is None; say which tokens to rewrite, by a level for all or (B, N) of them")
         max_steps = as_count("max_steps", max_steps)
