@@ -13,7 +13,6 @@ import torch
 from tyro.conf import Positional
 
 from evo.core import Evo
-from evo.heads import FixedTimestep
 from evo.solvers import Euler, Exponential, ExponentialMultistep, Heun, Midpoint, Solver, TorchDiffEq
 from evo.text import ByteTokenizer
 from evo.training.curriculum import PATHS
@@ -83,7 +82,7 @@ def run(options: Options) -> None:
         most,
         solver=_solver(solver, model),
         plan=PATHS[options.plan],
-        timestep_head=None if options.level is None else FixedTimestep(options.level),
+        levels=options.level,
         max_steps=options.max_steps,
         top_p=options.top_p,
         temperature=options.temperature,

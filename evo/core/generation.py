@@ -36,7 +36,7 @@ class Generation:
         levels: (B, M) the level each token was sketched at; 0 where it was final at once.
         nfe: network evaluations of refinement, each of all sequences that are refined together, over all windows.
         accepted: of each sequence, how many proposals became text in each round of speculation; None where nothing was proposed.
-        trajectory: a `Steps` for every window, if asked for; where the head is fixed at 0, all is one window.
+        trajectory: a `Steps` for every window, if asked for; where levels are known to be 0 and windows of whole strides, all is one.
     """
 
     tokens: Tensor
@@ -78,6 +78,7 @@ class Job:
         ends: where the sequences end.
         draws: their randomness.
         sampling: how to sketch.
+        levels: (B, M) on the host, where it is known beforehand what they will be; None is to ask the head.
         speculation: how to guess what will be written at level 0; None is not to guess.
         request: how to refine.
         suffix: what stands on the right of the text to be written; None is nothing.
@@ -88,6 +89,7 @@ class Job:
     ends: Ends
     draws: Draws
     sampling: Sampling
+    levels: Tensor | None
     speculation: Speculation | None
     request: Request
     suffix: Suffix | None = None
@@ -151,15 +153,18 @@ def write(model: Evo, job: Job, report: Report) -> Generator[Chunk, None, None]:
             yield _chunk(run, run.row, 0, report)
         return
     rows, start, size = list(range(len(job.prompt))), 0, request.window
-    ahead = draws.apart() if job.sampling.stride > 1 else None
-    if job.sampling.never_refines(state.hidden.new_empty(0, dtype=state.noise_dtype), state.denoiser.schedule.t_min):
-        # Nothing will ever be refined together: a border between windows would cost its time and change nothing.
+    levels, stride = job.levels, job.sampling.stride
+    ahead = draws.apart() if stride > 1 else None
+    still = levels is not None and not job.sampling.refined(levels, state.denoiser.schedule.t_min).any()
+    if still and size % stride == 0:
+        # Nothing will ever be refined together: a border between windows, which parts no run, would cost its time and change nothing.
         size = max(ends.most)
     while rows:
         count = min(size, max(ends.most) - start)
         noise, uniform = draws.take(count, state.denoiser.embeddings)
         waiting = None if ahead is None else ahead.take(count, state.denoiser.embeddings)[0]
-        window = WindowSketch(state, noise, uniform[..., 0], waiting, ends, start, job.sampling)
+        given = None if levels is None else levels[rows, start : start + count]
+        window = WindowSketch(state, noise, uniform[..., 0], waiting, given, ends, start, job.sampling)
         for run in window.run():
             yield _chunk(run, rows[run.row], start, report)
         state = window.state

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evo.core.answers import described
-from evo.core.contract import Lengths, Stop, as_count, as_prompt, as_row_solver, check_called
+from evo.core.contract import Lengths, Stop, as_count, as_levels, as_prompt, as_row_solver, check_called
 from evo.core.draws import Draws
 from evo.core.generation import Job
 from evo.core.refinement import Request
@@ -50,6 +50,7 @@ def as_job(
     trajectory: bool = False,
     stride: int,
     speculation: Speculation | None,
+    levels: float | Tensor | None,
     every: int,
 ) -> Job:
     """What `model` is asked for by the arguments of `Evo.generate` and `Evo.stream`, which has their meaning; raises what they raise."""
@@ -60,6 +61,12 @@ def as_job(
         raise ValueError(f"stride is {stride} and the window has {window} tokens; no pass sketches beyond a window")
     sketched = model.timestep_head if timestep_head is None else timestep_head
     check_called("timestep_head", sketched, "timestep_head(hidden, context_logits)", "evo.heads.FixedTimestep(0.5)")
+    shape = torch.Size((len(prompt), max(ends.most)))
+    given = as_levels(levels, shape, model.bos)
+    if given is not None and timestep_head is not None:
+        raise ValueError(
+            f"levels are given, and so is a timestep_head, {timestep_head!r}, which would choose others: leave one of them out"
+        )
     if speculation is not None:
         if not isinstance(speculation, Speculation):
             raise TypeError(f"speculation is {described(speculation)}; it needs Speculation(run=4), or None for none")
@@ -73,7 +80,10 @@ def as_job(
                 f"timestep_head is {timestep_head!r}, and speculation writes at level 0: leave one of them out, or make the head "
                 "FixedTimestep(0)"
             )
-        sketched = FixedTimestep(0.0)
+        if given is not None and bool(given.any()):
+            raise ValueError("levels are above 0, and speculation writes at level 0: leave one of them out")
+    elif given is None and isinstance(sketched, FixedTimestep):
+        given = as_levels(sketched.value, shape, model.bos)
     prior = NucleusPrior(top_p=top_p, temperature=temperature) if prior is None else prior
     check_called("prior", prior, "prior(logits, uniform)", "evo.heads.NucleusPrior()")
     return Job(
@@ -88,6 +98,7 @@ def as_job(
             stride=stride,
             every=every,
         ),
+        levels=None if given is None else given.cpu(),
         speculation=speculation,
         request=Request(
             solver=as_row_solver(Euler() if solver is None else solver, max_steps),

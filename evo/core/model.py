@@ -194,6 +194,7 @@ class Evo(Network):
         stride: int = 1,
         speculation: Speculation | None = None,
         trajectory: bool = False,
+        levels: float | Tensor | None = None,
     ) -> Generation:
         """Write behind a prompt: sketch a window token by token, refine it along the flow, commit, go on with the next.
 
@@ -228,6 +229,7 @@ class Evo(Network):
                 level 1 diffusion.
             speculation: write at level 0, the same text in fewer passes: the flow guesses, the causal half checks. None is not to guess.
             trajectory: keep every row's levels and tokens.
+            levels: of the new tokens, instead of those of a head: one for all, or a tensor (B, M), (B, 1) or (1, M) of them.
 
         Raises:
             ValueError, TypeError: for a prompt or a setting that cannot be served, with the value and the remedy.
@@ -256,6 +258,7 @@ class Evo(Network):
             trajectory=trajectory,
             stride=stride,
             speculation=speculation,
+            levels=levels,
             every=_UNWATCHED,
         )
         with evaluating(self):
@@ -295,8 +298,8 @@ class Evo(Network):
     ) -> Generation:
         """Write between a prefix and a suffix, in view of both: what `generate` does, with clean context on the right.
 
-        Both halves of the network see the suffix, so that any level serves, from plain autoregression (`FixedTimestep(0)`) to pure noise
-        (`FixedTimestep(1)`, which needs no sketch). Prefix and suffix are read once. A model has to be trained for it, see
+        Both halves of the network see the suffix, so that any level serves, from plain autoregression (`levels=0`) to pure noise
+        (`levels=1`, which needs no sketch). Prefix and suffix are read once. A model has to be trained for it, see
         `suffix_length` of `forward`. Behind a detached BOS the first token of an empty prefix is sketched without sight of the suffix.
 
         Args:

@@ -16,8 +16,8 @@ from evo.core.answers import levels_of, logits_of, outside, tokens_of, wrong_lev
 from evo.core.ends import Ends
 from evo.core.masks import Causal
 from evo.core.prompted import Prompted
-from evo.heads import FixedTimestep, Prior
-from evo.schedules import Schedule, step_counts
+from evo.heads import Prior
+from evo.schedules import step_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Sampling:
     """How to sketch: those arguments of `Evo.generate` that say so, checked.
 
     Attributes:
-        timestep_head: levels from hidden states and context logits.
+        timestep_head: levels from hidden states and context logits, where they are not given.
         prior: tokens from context logits.
         max_steps: K; a level that gets no step is 0.
         stride: tokens sketched in one pass.
@@ -41,16 +41,6 @@ class Sampling:
     def refined(self, level: Tensor, t_min: float) -> Tensor:
         """Whether a token of this level gets any step."""
         return (step_counts(level, self.max_steps) >= 1) & (level > t_min)
-
-    def never_refines(self, like: Tensor, t_min: float) -> bool:
-        """Whether it is known beforehand that every token is final at once; levels have the dtype of `like`."""
-        head = self.timestep_head
-        return isinstance(head, FixedTimestep) and not self.refined(like.new_full((), head.value), t_min)
-
-    def never_sketches(self, schedule: Schedule, like: Tensor) -> bool:
-        """Whether it is known beforehand that of what is sketched nothing remains: pure diffusion."""
-        head = self.timestep_head
-        return isinstance(head, FixedTimestep) and head.value == 1 and bool(schedule.signal(like.new_ones(())) == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +66,7 @@ class WindowSketch:
         uniform: (B, N) in [0, 1).
         waiting: (B, N, D) standard normal and independent of `noise`: what the network sees where nothing is sketched yet. None for a
             stride of 1, where it sees no such place.
+        given: (B, N) on the host, the levels of its tokens; None is to ask the head.
         ends: where the sequences end.
         start: new tokens before this window.
         how: how to sketch.
@@ -97,6 +88,7 @@ class WindowSketch:
         noise: Tensor,
         uniform: Tensor,
         waiting: Tensor | None,
+        given: Tensor | None,
         ends: Ends,
         start: int,
         how: Sampling,
@@ -110,9 +102,11 @@ class WindowSketch:
         self.length, self.shown = [count] * batch, [0] * batch
         self.ended, self.noisy = [False] * batch, [False] * batch
         self.banned = ends.banned(start, noise.device)
-        self._t_min = state.denoiser.schedule.t_min
-        # A head that says 0 of every token need not be asked.
-        self._still = how.never_refines(noise, self._t_min)
+        schedule = state.denoiser.schedule
+        self._t_min, self._given = schedule.t_min, None if given is None else given.to(noise)
+        # Whether every token is final at once; and whether nothing of what is sketched remains: pure diffusion.
+        self._still = given is not None and not how.refined(given, self._t_min).any()
+        self._blind = given is not None and bool((given == 1).all() and schedule.signal(noise.new_ones(())) == 0)
 
     def run(self) -> Iterator[Run]:
         """Sketch the window, handing out what nothing can change any more, sequence by sequence in order.
@@ -121,7 +115,7 @@ class WindowSketch:
             ValueError: for logits that are not finite, or a timestep head that gives no levels.
         """
         schedule = self.state.denoiser.schedule
-        if self.how.never_sketches(schedule, self.levels):
+        if self._blind:
             self.size, self.levels = self.tokens.shape[1], torch.ones_like(self.levels)
             self.latents = schedule.noised(self.latents, self.noise, self.levels)
             yield from self._look(self.standing, 0, self.tokens.tolist(), self.levels.tolist())
@@ -188,7 +182,10 @@ class WindowSketch:
         clean = self.state.denoiser.embeddings[token].to(self.noise.dtype)
         if self._still:
             return token, clean, torch.zeros_like(clean[..., 0])
-        level = levels_of(self.how.timestep_head, hidden, logits).to(clean.dtype)
+        if self._given is None:
+            level = levels_of(self.how.timestep_head, hidden, logits).to(clean.dtype)
+        else:
+            level = self._of(self._given, rows, run)
         refined = self.how.refined(level, self._t_min)
         # What is no level stays what it is, for the host to see.
         level = torch.where(refined | outside(level), level, 0.0)
