@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +185,14 @@ def test_least_step_and_most_steps_are_told_in_words() -> None:
         integrate(field, torch.ones(1, 1, 1), 1.0, 0.0, solver=adaptive(min_step=0.01))
     with pytest.raises(SolverError, match="max_num_steps=3 steps"):
         integrate(riccati, torch.ones(1, 1, 1), 1.0, 0.0, solver=adaptive(tolerance=1e-5, max_num_steps=3))
+
+
+@pytest.mark.parametrize(
+    "solver", [TorchDiffEq("rk4", steps=3), adaptive(max_num_steps=9, jump_t=[0.3]), TorchDiffEq("euler")], ids=repr
+)
+def test_it_is_pickled_and_copied(solver: TorchDiffEq) -> None:
+    for again in (pickle.loads(pickle.dumps(solver)), copy.copy(solver), copy.deepcopy(solver)):
+        assert repr(again) == repr(solver)
 
 
 def test_options_reach_torchdiffeq() -> None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -84,6 +85,10 @@ class TorchDiffEq(Solver):
 
     def __repr__(self) -> str:
         return f"TorchDiffEq({self.method!r}{''.join(f', {k}={v!r}' for k, v in self._arguments().items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made again from its arguments: what keeps the options from being changed can be neither pickled nor copied.
+        return partial(TorchDiffEq, **self._arguments()), (self.method,)
 
     def _arguments(self) -> dict[str, Any]:
         named = {"steps": self.steps, "rtol": self.rtol, "atol": self.atol, "group": self.group}
