@@ -224,8 +224,15 @@ class TestNucleusPrior:
         assert torch.equal(prior(logits, torch.rand(3, 4)), logits.argmax(-1))
         assert torch.equal(prior.log_probs(logits).argmax(-1), logits.argmax(-1))
 
+    @given(seed=SEEDS, top_p=st.sampled_from([0.9, 1.0]))
+    def test_the_lowest_temperature_is_greedy_too(self, seed, top_p):
+        logits = 100 * torch.randn(3, 4, 7, generator=generator(seed))
+        prior = NucleusPrior(temperature=1e-30, top_p=top_p)
+        assert torch.equal(prior(logits, torch.rand(3, 4)), logits.argmax(-1))
+
     @pytest.mark.parametrize(
-        "wrong", [{"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}, {"temperature": float("nan")}]
+        "wrong",
+        [{"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-40}],
     )
     def test_settings_that_mean_nothing_are_refused(self, wrong):
         with pytest.raises(ValueError, match=r"top_p is|temperature is"):

@@ -36,8 +36,9 @@ class NucleusPrior:
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive and finite")
+        # Logits of float32 divided by less overflow, and what is drawn from infinities is any token.
+        if self.temperature != 0 and not 1e-30 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy), or finite and at least 1e-30")
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """The log of the distribution that is drawn from, in nats: (..., V) -> (..., V), -inf outside the nucleus."""
