@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evo.cli.train import defaults
+from evo.cli.train import Options, defaults
 from evo.training import RECIPES, OptimizerConfig, ParallelConfig, TrainConfig, Trainer, adamw, train
 from evo.training.metrics import MetricsLog
 from tests.training_ranks import config
@@ -74,6 +75,12 @@ def test_a_recipe_sets_what_is_not_given():
     assert defaults(["--recipe", "paper", "--preset", "XL"]).optimizer.learning_rate == 1.5e-4
     assert defaults(["--recipe=paper"]).preset == "S"
     assert defaults(["--steps", "3"]).batch_size == TrainConfig(data=Path()).batch_size
+
+
+def test_options_of_the_model_are_of_their_kinds_on_the_command_line():
+    arguments = ["--data", "x", "--overrides", "depth", "4", "dropout", "0.1", "self_conditioning", "True"]
+    found = tyro.cli(Options, args=arguments, default=defaults(arguments)).overrides
+    assert found == {"depth": 4, "dropout": 0.1, "self_conditioning": True}
 
 
 def test_pieces_may_be_ones_own(tmp_path):

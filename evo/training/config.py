@@ -162,7 +162,7 @@ class TrainConfig:
     """Folder of the run; for ranks on several machines, on a file system that they share."""
     preset: str = "tiny"
     """Size of the model; `evo info` lists them."""
-    overrides: dict[str, int | float | str | bool] = field(default_factory=dict)
+    overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Options of the model that differ from the preset, in pairs: dropout 0.1 depth 4."""
     steps: int = 2000
     """Steps of the optimizer."""
