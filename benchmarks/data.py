@@ -1,5 +1,7 @@
 """What data cost: how full rows are and how many documents are cut, how fast batches are made, and whether a step waits for them.
 
+    python benchmarks/data.py
+
 Documents are the files of a folder (by default the interpreter's standard library) and, for texts that are mostly shorter than a row, their
 paragraphs.
 """
@@ -16,24 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from _harness import compare, describe_machine, parser, table, write_json
 
-from benchmarks._harness import compare, describe_machine, parser, table, write_json
-from evo.data import (
-    BYTES,
-    BestFit,
-    Contiguous,
-    Corpus,
-    CorpusConfig,
-    Packing,
-    Prefetch,
-    TokenShards,
-    load,
-    write_shards,
-)
+from evo.data import BYTES, Corpus, CorpusConfig, Prefetch, TokenShards, load, write_shards
+from evo.data.packing import PACKINGS
 from evo.data.sources import survey
 
 LENGTHS = (256, 1024, 4096)
-PACKINGS: dict[str, Packing] = {"contiguous": Contiguous(), "best_fit": BestFit()}
 
 
 def documents(source: Path) -> Iterator[str]:
