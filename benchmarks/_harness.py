@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import statistics
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from evo import files
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -126,9 +127,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` whole or not at all."""
+    """Write `data` whole or not at all, and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    os.replace(partial, path)
+    files.write_json(path, data)
     print(f"wrote {path}")
