@@ -182,10 +182,8 @@ def evaluate(
             batches, total=total, desc=description, unit="batch", disable=None if progress else True, leave=False
         )
         for index, chunk in enumerate(bar):
-            rows = {
-                name: value.split(batch_size)[index] if isinstance(value, Tensor) else value
-                for name, value in beside.items()
-            }
+            here = slice(index * batch_size, (index + 1) * batch_size)
+            rows = {name: value[here] if isinstance(value, Tensor) else value for name, value in beside.items()}
             batch = as_batch(
                 model, chunk, rows["prompt_length"], rows["lengths"], rows["suffix_length"], rows["documents"]
             )
