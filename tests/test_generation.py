@@ -311,8 +311,10 @@ def test_decoders_and_priors_are_swapped_by_hand():
 def test_generation_leaves_the_mode_as_it_was():
     model = random_model()
     model.train()
+    model.backbone.eval()  # frozen, without dropout
+    modes = [module.training for module in model.modules()]
     model.generate(prompt_of(0), 3, generator=generator(0), max_steps=2)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_vector_field_behind_a_prompt_is_the_window_of_one_pass():

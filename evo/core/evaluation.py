@@ -222,10 +222,12 @@ def evaluate(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration, then the mode there was."""
-    was_training = model.training
+    """Evaluation mode for the duration, then the mode that each module had."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(modes[0][1])  # some modules do more than to note it
+        for module, training in modes:
+            module.training = training
