@@ -19,7 +19,7 @@ from evo.core.clock import ClockDensity
 from evo.core.extremes import Extremes, pushed
 from evo.core.levels import Exploration, random_levels, usage_entropy, with_logistic_noise
 from evo.core.part import Kinds, Part, Subset
-from evo.core.trials import Trial
+from evo.core.trials import slope_by_trial
 from evo.schedules import Path
 
 if TYPE_CHECKING:
@@ -328,43 +328,11 @@ def _push(
     if objective.extremes is not None:
         pushes = pushes + objective.extremes.push(chosen.head)
     if objective.trials:
-        slope = _slope(sketch, cost, free, clock, path, chance, objective, chosen.kinds)
+        slope = slope_by_trial(sketch, cost, free, clock, path, chance, objective, chosen.kinds)
         pushes = pushes + pushed(chosen.head, objective.trials * slope.to(chosen.head.dtype))
     if isinstance(pushes, float):
         return pushes
     return (pushes * free[chosen.kinds.learners.rows(free.device)]).sum()
-
-
-@torch.no_grad()
-def _slope(
-    sketch: Sketch,
-    cost: Tensor,
-    free: Tensor,
-    clock: Tensor,
-    path: Path,
-    chance: Chance,
-    objective: Objective,
-    kinds: Kinds,
-) -> Tensor:
-    """By trial, what is to be had by lowering levels of the learners: nats, (learners, N).
-
-    The trial is on the same noise, at the same values of the clock.
-    """
-    learners, share = kinds.learners, objective.self_conditioning
-    rows = learners.visited(free.device)
-    trial = Trial.of(sketch.levels[rows], free[rows], chance.uniform(free.shape[1], like=cost)[rows])
-    again, chance = sketch.again(rows, trial.levels), chance.take(learners.visited_places)
-    flow = again.flow_bits(
-        path,
-        clock[rows],
-        chance,
-        density=objective.clock,
-        weight_cap=objective.weight_cap,
-        estimated=None if share == 1 else kinds.some_learners(share).within(learners),
-    )
-    found = again.bits()[0] + flow.bits + again.reconstruction(chance, network=False)
-    found = found + objective.level_price * again.levels
-    return trial.slope(((found - cost[rows]) * free[rows]).sum(1))[: len(learners.places)]
 
 
 def _compared(extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, chosen: Chosen) -> Tensor:
