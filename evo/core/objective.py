@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evo.core.answers import levels_of
-from evo.core.bound import Batch, Sketch, Waiting, cross_entropy
+from evo.core.bound import Batch, Flow, Sketch, Waiting, cross_entropy
 from evo.core.chance import Chance
 from evo.core.clock import ClockDensity
 from evo.core.extremes import Extremes, pushed
@@ -174,35 +174,19 @@ def training_step(
         levels = chosen.levels
     sketch = Sketch(model, batch, levels, noise, waiting)
     bits, causal = sketch.bits()
-    found, clock, flow, reconstruction = None, None, torch.zeros_like(bits), torch.zeros_like(bits)
     smoothing = objective.label_smoothing
     spoken = cross_entropy(sketch.context_log_probs, batch.tokens, smoothing) if smoothing else causal
-    if refined:
-        share = objective.self_conditioning
-        clock = (part.strata(noise) + chance.shared(noise)) % 1
-        found = sketch.flow_bits(
-            path,
-            clock if chosen is None else torch.where(chosen.masked, 0.0, clock),
-            chance,
-            density=objective.clock,
-            weight_cap=objective.weight_cap,
-            estimated=None if share == 1 else part.some(share, kinds),
-            gain=1 / objective.flow_weight,
-        )
-        flow = found.bits
-        reconstruction = sketch.reconstruction(chance, network=False)
-        said = cross_entropy(found.denoised.log_probs, batch.tokens)
-        smoothed = cross_entropy(found.denoised.log_probs, batch.tokens, smoothing) if smoothing else said
+    flow = reconstruction = torch.zeros_like(bits)
+    refinement = _refinement(sketch, path, chance, part, objective, chosen) if refined else None
+    if refinement is not None:
+        flow, reconstruction = refinement.flow, refinement.reconstruction
         # Weighted by how much each half has to say of a token; the levels are not to be learned from the weights.
-        spoken = torch.lerp(spoken, smoothed, sketch.levels.detach())
+        spoken = torch.lerp(spoken, refinement.spoken, sketch.levels.detach())
         if chosen is not None:
             spoken[chosen.teachers.rows(spoken.device)] = 0.0
-            # A masked sequence is decoded from where it was sketched, in one step: as good a code as one that falls first.
-            at_once = chosen.masked.unsqueeze(1)
-            flow = torch.where(at_once, said * sketch.live, flow)
-            reconstruction = torch.where(at_once, 0.0, reconstruction)
 
     bound = bits + flow + reconstruction
+    cost = bound + objective.level_price * sketch.levels
     loss = ((bits + objective.flow_weight * flow + reconstruction) * scored).sum() / count
     if objective.aux_weight:
         loss = loss + objective.aux_weight * (spoken * scored).sum() / count
@@ -210,24 +194,11 @@ def training_step(
         loss = loss - objective.entropy_weight * usage_entropy(levels, batch.free).sum() / part.total
     if objective.level_price:
         loss = loss + objective.level_price * (levels * free).sum() / count
-    observed = []
-    if objective.clock is not None:
-        observed.append(
-            noise.new_zeros(objective.clock.figures, dtype=torch.float64)
-            if found is None
-            else objective.clock.tally(found.remaining, (found.integrand * scored).sum(1))
-        )
     if chosen is not None and chosen.causal is not None:
         loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
-    cost = bound + objective.level_price * sketch.levels
-    if objective.extremes is not None:
-        observed.append(
-            noise.new_zeros(objective.extremes.figures, dtype=torch.float64)
-            if chosen is None
-            else _compared(objective.extremes, cost, sketch.levels, free, chosen)
-        )
-    if chosen is not None and clock is not None and chosen.kinds.learners.whole:
-        push = _push(sketch, cost, free, clock, path, chance, objective, chosen)
+    observed = _observed(objective, refinement, chosen, cost, sketch.levels, scored, free)
+    if chosen is not None and refinement is not None and chosen.kinds.learners.whole:
+        push = _push(sketch, cost, free, refinement.clock, path, chance, objective, chosen)
         # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
         loss = loss + push / count * (part.total / chosen.kinds.learners.whole)
     return Output(
@@ -236,8 +207,51 @@ def training_step(
         flow_bits=flow,
         reconstruction=reconstruction,
         levels=sketch.levels,
-        observed=torch.cat(observed) if observed else None,
+        observed=observed,
     )
+
+
+class Refinement(NamedTuple):
+    """What the refining half makes of a sketch.
+
+    Attributes:
+        flow, reconstruction: bits, nats, (B, N).
+        spoken: cross-entropy CE(p(·|z), x), smoothed, nats, (B, N).
+        clock: (B,) in [0, 1), where the flow is measured unless the sequence is masked.
+        measured: the flow there.
+    """
+
+    flow: Tensor
+    reconstruction: Tensor
+    spoken: Tensor
+    clock: Tensor
+    measured: Flow
+
+
+def _refinement(
+    sketch: Sketch, path: Path, chance: Chance, part: Part, objective: Objective, chosen: Chosen | None
+) -> Refinement:
+    """The flow at one value of the clock a sequence, evenly spread over the whole batch, and what is left at its end."""
+    clock = (part.strata(sketch.noise) + chance.shared(sketch.noise)) % 1
+    share, smoothing, tokens = objective.self_conditioning, objective.label_smoothing, sketch.batch.tokens
+    measured = sketch.flow_bits(
+        path,
+        clock if chosen is None else torch.where(chosen.masked, 0.0, clock),
+        chance,
+        density=objective.clock,
+        weight_cap=objective.weight_cap,
+        estimated=None if share == 1 else part.some(share, None if chosen is None else chosen.kinds),
+        gain=1 / objective.flow_weight,
+    )
+    flow, reconstruction = measured.bits, sketch.reconstruction(chance, network=False)
+    said = cross_entropy(measured.denoised.log_probs, tokens)
+    spoken = cross_entropy(measured.denoised.log_probs, tokens, smoothing) if smoothing else said
+    if chosen is not None:
+        # A masked sequence is decoded from where it was sketched, in one step: as good a code as one that falls first.
+        at_once = chosen.masked.unsqueeze(1)
+        flow = torch.where(at_once, said * sketch.live, flow)
+        reconstruction = torch.where(at_once, 0.0, reconstruction)
+    return Refinement(flow, reconstruction, spoken, clock, measured)
 
 
 class Chosen(NamedTuple):
@@ -333,6 +347,32 @@ def _push(
     if isinstance(pushes, float):
         return pushes
     return (pushes * free[chosen.kinds.learners.rows(free.device)]).sum()
+
+
+def _observed(
+    objective: Objective,
+    refinement: Refinement | None,
+    chosen: Chosen | None,
+    cost: Tensor,
+    levels: Tensor,
+    scored: Tensor,
+    free: Tensor,
+) -> Tensor | None:
+    """What the clock and the extremes of an objective learn from, see `Output.observed`."""
+    tallies = []
+    if objective.clock is not None:
+        tallies.append(
+            cost.new_zeros(objective.clock.figures, dtype=torch.float64)
+            if refinement is None
+            else objective.clock.tally(refinement.measured.remaining, (refinement.measured.integrand * scored).sum(1))
+        )
+    if objective.extremes is not None:
+        tallies.append(
+            cost.new_zeros(objective.extremes.figures, dtype=torch.float64)
+            if chosen is None
+            else _compared(objective.extremes, cost, levels, free, chosen)
+        )
+    return torch.cat(tallies) if tallies else None
 
 
 def _compared(extremes: Extremes, cost: Tensor, levels: Tensor, free: Tensor, chosen: Chosen) -> Tensor:
