@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -147,6 +148,24 @@ def test_accumulated_passes_make_the_step_of_one_large_batch(tmp_path):
         assert not done.unsound.any()
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(figures[1], figures[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_step_sends_nothing_to_the_device_that_the_host_waits_for(tmp_path, monkeypatch):
+    """A copy that blocks waits for all that an accelerator was asked to do before, the step before this one first of all."""
+    config = small_run(tmp_path, batch_size=4, micro_batch=2)
+    corpus = open_corpus(config.data, tmp_path / "cache", config.corpus)
+    state, share = TrainState.begin(random_model(0, vocab_size=259, width=16), config.optimizer), Share.of(config, None)
+    batch, to, waited = corpus.batch(config.seed, 0, range(4), 4, config.length), torch.Tensor.to, []
+
+    def noted(tensor, *arguments, **options):
+        caller = sys._getframe(1).f_globals["__name__"]
+        if caller in ("evo.training.step", "evo.data.packing", "evo.core.part") and not options.get("non_blocking"):
+            waited.append((caller, arguments))
+        return to(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    train_step(config, state, share, batch, Objective(), rate=1e-3, text_bytes=corpus.text_bytes)
+    assert not waited
 
 
 def test_a_run_leaves_config_metrics_checkpoints_and_the_averaged_model(tmp_path):

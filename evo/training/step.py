@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from evo.core import Objective, Output, Part
+from evo.core.part import to_device
 from evo.data import Packed
 from evo.training.config import TrainConfig
 from evo.training.curriculum import PATHS, windows
@@ -105,9 +106,8 @@ def train_step(
     """
     step, device, mesh = state.step, state.skipped.device, share.mesh
     prompts, ends, stops = _windows(config, step, share, batch)
-    coded = torch.arange(config.length) < stops[:, None]
-    counts = coded & batch.loss_mask
-    scored = data_sum(counts.sum().to(device), mesh)
+    counts = (torch.arange(config.length) < stops[:, None]) & batch.loss_mask
+    scored = data_sum(to_device(counts.sum(), device), mesh)
     # Ranks that share rows drop the same; for the others dropout, alone of all that is random, is not that of one process.
     torch.manual_seed(derive(config.seed, Purpose.DROPOUT, step, data_ranks(mesh)[0]))
     sums, unsound = (torch.zeros(count, dtype=torch.float64, device=device) for count in (_WIDTH, share.total))
@@ -116,15 +116,16 @@ def train_step(
     at(f"passes of step {step}")
     for rows, here in share.passes():
         packed = batch.rows(here).to(device)
+        prompt, end, stop = (to_device(each[here], device) for each in (prompts, ends, stops))
         with accumulating(state.model, last=rows.stop == share.rows.stop):
             with autocast(device, config.precision):
                 out = state.model(
                     packed.tokens,
                     packed.loss_mask,
                     documents=packed.documents,
-                    prompt_length=prompts[here].to(device),
-                    lengths=ends[here].to(device),
-                    suffix_length=(ends - stops)[here].to(device) if config.curriculum.suffix else None,
+                    prompt_length=prompt,
+                    lengths=end,
+                    suffix_length=end - stop if config.curriculum.suffix else None,
                     path=PATHS[config.curriculum.path],
                     generator=generators(device, config.seed, Purpose.LEVELS, step, rows),
                     objective=asked,
@@ -136,9 +137,9 @@ def train_step(
                     ),
                 )
             out.loss.backward()
-        here_coded = coded[here].to(device)
-        free = here_coded & (torch.arange(config.length, device=device) >= prompts[here].to(device)[:, None])
-        sums += _sums(out, counts[here].to(device), free)
+        places = torch.arange(config.length, device=device)
+        coded = places < stop[:, None]
+        sums += _sums(out, coded & packed.loss_mask, coded & (places >= prompt[:, None]))
         unsound[rows.start : rows.stop] = (~out.bound.detach().isfinite().all(1)).double()
         if out.observed is not None:
             observed.append(out.observed)
@@ -150,7 +151,7 @@ def train_step(
     asked.observe(learned if observed else None)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    norm = clip_gradients(state.model, config.optimizer.clip).to(device)
+    norm = to_device(clip_gradients(state.model, config.optimizer.clip), device)
     finite = sums[0].isfinite() & norm.isfinite()
     step_if(state.optimizer, finite)
     state.optimizer.zero_grad(set_to_none=True)
