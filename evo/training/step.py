@@ -105,6 +105,38 @@ def train_step(
         at: is told what comes next.
     """
     step, device, mesh = state.step, state.skipped.device, share.mesh
+    at(f"passes of step {step}")
+    sums, unsound, observed = _passes(config, state, share, batch, asked, text_bytes)
+    at(f"sums over ranks of step {step}")
+    learned = torch.stack(observed).sum(0) if observed else sums.new_zeros(0)
+    found = torch.cat([sums, unsound, learned, sums.new_full((1,), float(told))])
+    _sum_over_ranks(found, mesh)
+    sums, unsound, learned, told_to_end = found.split([_WIDTH, share.total, len(learned), 1])
+    asked.observe(learned if observed else None)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    norm = to_device(clip_gradients(state.model, config.optimizer.clip), device)
+    finite = sums[0].isfinite() & norm.isfinite()
+    step_if(state.optimizer, finite)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.model, step)
+    state.skipped += ~finite
+    state.rejected = torch.where(finite, 0, state.rejected + 1)
+    state.step += 1
+    figures = torch.cat([sums, norm.double().reshape(1)])
+    return Done(finite=finite, figures=figures, unsound=unsound > 0, told=told_to_end[0])
+
+
+def _passes(
+    config: TrainConfig,
+    state: TrainState,
+    share: Share,
+    batch: Packed,
+    asked: Objective,
+    text_bytes: Callable[[Tensor], float],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """All passes of this rank, forward and back: the sums of their figures, which sequences were unsound, and what each observed."""
+    step, device, mesh = state.step, state.skipped.device, share.mesh
     prompts, ends, stops = _windows(config, step, share, batch)
     counts = (torch.arange(config.length) < stops[:, None]) & batch.loss_mask
     scored = data_sum(to_device(counts.sum(), device), mesh)
@@ -113,7 +145,6 @@ def train_step(
     sums, unsound = (torch.zeros(count, dtype=torch.float64, device=device) for count in (_WIDTH, share.total))
     sums[_SUMS.index("bytes")] = text_bytes(batch.tokens[counts])
     observed: list[Tensor] = []
-    at(f"passes of step {step}")
     for rows, here in share.passes():
         packed = batch.rows(here).to(device)
         prompt, end, stop = (to_device(each[here], device) for each in (prompts, ends, stops))
@@ -143,24 +174,7 @@ def train_step(
         unsound[rows.start : rows.stop] = (~out.bound.detach().isfinite().all(1)).double()
         if out.observed is not None:
             observed.append(out.observed)
-    at(f"sums over ranks of step {step}")
-    learned = torch.stack(observed).sum(0) if observed else sums.new_zeros(0)
-    found = torch.cat([sums, unsound, learned, sums.new_full((1,), float(told))])
-    _sum_over_ranks(found, mesh)
-    sums, unsound, learned, told_to_end = found.split([_WIDTH, share.total, len(learned), 1])
-    asked.observe(learned if observed else None)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    norm = to_device(clip_gradients(state.model, config.optimizer.clip), device)
-    finite = sums[0].isfinite() & norm.isfinite()
-    step_if(state.optimizer, finite)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.model, step)
-    state.skipped += ~finite
-    state.rejected = torch.where(finite, 0, state.rejected + 1)
-    state.step += 1
-    figures = torch.cat([sums, norm.double().reshape(1)])
-    return Done(finite=finite, figures=figures, unsound=unsound > 0, told=told_to_end[0])
+    return sums, unsound, observed
 
 
 def report(sums: Sequence[float], counted: int) -> dict[str, Any]:
