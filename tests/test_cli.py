@@ -239,6 +239,12 @@ def test_without_tyro_the_remedy_is_named(monkeypatch, capsys):
     assert "pip install 'evo-lm[train]'" in capsys.readouterr().err
 
 
+def test_without_a_package_that_an_option_needs_the_remedy_is_named(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["prepare", str(text), str(tmp_path / "tokens"), "--tokenizer", "some/tokenizer"]) == 2
+    assert capsys.readouterr().err == "evo prepare: this needs transformers: pip install 'evo-lm[data]'\n"
+
+
 def test_an_interrupted_command_says_so(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

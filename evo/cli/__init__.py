@@ -26,8 +26,8 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command named by the first of `arguments` (by default the process's own); returns the exit status.
 
-    Mistakes of the caller end with one line and status 2; with EVO_TRACEBACK set, with the traceback. Where nobody reads what is printed
-    any more (`evo generate | head`) the status is 141, as of other programs.
+    Mistakes of the caller, and packages that an option needs and that are not there, end with one line and status 2; with EVO_TRACEBACK
+    set, with the traceback. Where nobody reads what is printed any more (`evo generate | head`) the status is 141, as of other programs.
     """
     try:
         try:
@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fail(f"evo {name}", "interrupted", status=130)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, ArithmeticError, SolverError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError, SolverError) as error:
         if os.environ.get("EVO_TRACEBACK"):
             raise
         return _fail(f"evo {name}", str(error))
