@@ -14,7 +14,7 @@ from evo.core import Speculation
 from evo.core.draws import Draws
 from evo.heads import FixedTimestep, LinearDecoder, NearestNeighborDecoder, NucleusPrior
 from evo.schedules import Cosine, by_order, early_stop, full, late_start, step_counts
-from evo.solvers import Euler, Exponential, Heun
+from evo.solvers import Ancestral, Euler, Exponential, Heun
 from tests.conftest import generator, random_model
 
 MODEL = random_model()
@@ -103,6 +103,50 @@ def test_a_fixed_method_of_torchdiffeq_takes_one_step_a_row():
     assert torch.equal(theirs.tokens, ours.tokens)
     with pytest.raises(ValueError, match="steps=7 and max_steps is 4"):
         MODEL.generate(prompt_of(1), 6, solver=solvers.TorchDiffEq("euler", steps=7), **options)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    plan=st.sampled_from([early_stop, late_start]),
+    window=st.sampled_from([2, 3, 8]),
+    eta=st.sampled_from([0.5, 1.0]),
+)
+def test_a_stochastic_solver_writes_each_sequence_as_if_alone(seed, plan, window, eta):
+    options = {"solver": Ancestral(schedule=MODEL.schedule, eta=eta), "plan": plan, "max_steps": 4, "window": window}
+    prompt, most = prompt_of(seed, 3), [8, 3, 6]
+    seeds = [generator(seed + row) for row in range(3)]
+    whole = MODEL.generate(prompt, most, stop=5, generator=seeds, **options)
+    levels = torch.rand(3, 4, generator=generator(seed), dtype=torch.float64)
+    rewritten = MODEL.edit(
+        prompt, levels, generator=[generator(seed + row) for row in range(3)], solver=options["solver"]
+    )
+    for row, length in enumerate(whole.lengths.tolist()):
+        mine = prompt[row : row + 1]
+        alone = MODEL.generate(mine, most[row], stop=5, generator=generator(seed + row), **options)
+        assert torch.equal(alone.tokens[0, :length], whole.tokens[row, :length])
+        again = MODEL.edit(mine, levels[row : row + 1], generator=generator(seed + row), solver=options["solver"])
+        assert torch.equal(again.tokens[0], rewritten.tokens[row])
+
+
+def test_a_stochastic_solver_draws_noise_that_is_new_at_every_step_and_in_every_window():
+    drawn = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listening(Ancestral):
+        def _fresh(self, latents):
+            drawn.append(super()._fresh(latents))
+            return drawn[-1]
+
+    def write(solver):
+        return MODEL.generate(prompt_of(0), 6, solver=solver, window=3, max_steps=4, levels=1.0, generator=generator(0))
+
+    text = write(Listening(schedule=MODEL.schedule))
+    assert torch.equal(text.tokens, write(Ancestral(schedule=MODEL.schedule)).tokens)
+    noise = torch.cat(drawn).flatten(0, 1)
+    assert len(drawn) == 6
+    assert (torch.pdist(noise) > 0).all()
+    with pytest.raises(ValueError, match="the solver has a generator of its own"):
+        write(Ancestral(schedule=MODEL.schedule, generator=generator(0)))
 
 
 def test_solvers_agree_as_steps_grow():

@@ -251,6 +251,20 @@ def test_generators_that_are_not_one_for_each_sequence_are_counted() -> None:
     solver = Ancestral(steps=1, schedule=Cosine(), generator=[torch.Generator()] * 3)
     with pytest.raises(ValueError, match="3 generators for 2 sequences: it needs one for all, or one for each"):
         integrate(MixtureFlow(Cosine()), torch.zeros(2, 1, 3), 1.0, solver=solver)
+    with pytest.raises(ValueError, match="Ancestral has no generator"):
+        integrate(MixtureFlow(Cosine()), torch.zeros(2, 1, 3), 1.0, solver=Ancestral(steps=1, schedule=Cosine()))
+
+
+@given(seed=st.integers(0, 2**31), short=st.integers(1, 140), more=st.integers(0, 70))
+def test_with_a_generator_each_a_step_does_not_know_how_many_tokens_follow(seed: int, short: int, more: int) -> None:
+    latents = torch.ones(1, short + more, 3, dtype=torch.float64)
+    first, second = (
+        Ancestral(schedule=Cosine(), generator=[torch.Generator().manual_seed(seed)]).step(
+            lambda latents, level: -latents, part, 0.8 * part[..., 0], 0.4 * part[..., 0], None
+        )[0]
+        for part in (latents, latents[:, :short])
+    )
+    assert torch.equal(first[:, :short], second)
 
 
 @given(problem=spans(low=0.05), steps=st.integers(1, 4))

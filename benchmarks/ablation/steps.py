@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.ablation.corpora import CORPORA
@@ -30,7 +29,6 @@ from benchmarks.ablation.tasks import TASKS
 from evo import Evo
 from evo.solvers import Ancestral, Euler, Exponential, ExponentialMultistep, Heun, Solver, TorchDiffEq
 from evo.training.curriculum import PATHS
-from evo.training.seeds import Purpose, generator
 
 TABLE, GRID = "steps", "grid"
 DEFAULT = ("star-2x5", "sudoku-4", "addition-6", "parity-12", "total-first-12", "chain-5")
@@ -40,13 +38,13 @@ GRID_STEPS = (5, 10, 20)
 GRID_SIZES = ("nano", "micro", "mini")
 TOLERANCE = 1e-3
 
-SOLVERS: Mapping[str, Callable[[Evo, torch.Generator], Solver]] = {
-    "Euler": lambda model, source: Euler(),
-    "Heun": lambda model, source: Heun(),
-    "ExponentialMultistep": lambda model, source: ExponentialMultistep(schedule=model.schedule),
-    "Exponential": lambda model, source: Exponential(schedule=model.schedule),
-    "Ancestral": lambda model, source: Ancestral(schedule=model.schedule, generator=source),
-    "dopri5": lambda model, source: TorchDiffEq("dopri5", rtol=TOLERANCE, atol=TOLERANCE),
+SOLVERS: Mapping[str, Callable[[Evo], Solver]] = {
+    "Euler": lambda model: Euler(),
+    "Heun": lambda model: Heun(),
+    "ExponentialMultistep": lambda model: ExponentialMultistep(schedule=model.schedule),
+    "Exponential": lambda model: Exponential(schedule=model.schedule),
+    "Ancestral": lambda model: Ancestral(schedule=model.schedule),
+    "dopri5": lambda model: TorchDiffEq("dopri5", rtol=TOLERANCE, atol=TOLERANCE),
 }
 
 
@@ -65,7 +63,6 @@ def quality(
     `level` None is the model's own. The operations are those of sketch and refinement.
     """
     row, data = subject.row, subject.data
-    source = generator(subject.device, row.seed, Purpose.EVALUATION, 2)
     with counter() if count_operations else nullcontext() as counting:
         tokens, written = write(
             model,
@@ -73,7 +70,7 @@ def quality(
             plan=PATHS[row.curriculum.path],
             level=level,
             max_steps=max_steps,
-            solver=SOLVERS[solver](model, source),
+            solver=SOLVERS[solver](model),
             prior=None if reader is None else PRIOR,
             count=None if reader is None else row.samples,
             seed=row.seed,

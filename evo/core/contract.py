@@ -21,7 +21,7 @@ from evo.core.objective import DEFAULT_OBJECTIVE, Objective
 from evo.core.order import Order
 from evo.core.part import Part
 from evo.schedules import Path
-from evo.solvers import FixedStep, Solver, TorchDiffEq
+from evo.solvers import Ancestral, FixedStep, Solver, TorchDiffEq
 
 if TYPE_CHECKING:
     from evo.core.model import Evo
@@ -315,6 +315,10 @@ def as_row_solver(solver: Solver, max_steps: int) -> Solver:
     if isinstance(solver, TorchDiffEq) and not solver.adaptive:
         _check_steps(solver.steps, max_steps)
         return solver.with_steps(1)
+    if isinstance(solver, Ancestral) and solver.generator is not None:
+        raise ValueError(
+            "the solver has a generator of its own, and each sequence a stream that it is to draw from: leave it out of Ancestral"
+        )
     if isinstance(solver, FixedStep):
         _check_steps(solver.steps, max_steps)
     return solver

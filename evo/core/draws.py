@@ -16,6 +16,8 @@ from evo.core.chance import check_generators
 _RUN = 64
 # Turns the seed of a stream into that of its other; any pattern of bits would do.
 _APART = 0x9E3779B9
+# Between the seeds of streams that are numbered; any odd number would do.
+_STRIDE = 0x85EBCA6B
 
 
 class Draws:
@@ -55,6 +57,13 @@ class Draws:
         return Draws(
             [torch.Generator(each.device).manual_seed(each.initial_seed() ^ _APART) for each in self._generators]
         )
+
+    def numbered(self, number: int, rows: Sequence[int]) -> list[torch.Generator]:
+        """For each of these sequences a stream begun anew, as good as independent of all others and of those of any other number."""
+        chosen = [self._generators[row] for row in rows]
+        return [
+            torch.Generator(each.device).manual_seed(each.initial_seed() + _STRIDE * (number + 1)) for each in chosen
+        ]
 
     def take(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """For the next `count` positions of each sequence, standard normal noise (B, n, D) and numbers in [0, 1), (B, n, 2).

@@ -66,6 +66,7 @@ def edit(model: Evo, batch: Batch, levels: Tensor, request: Request, draws: Draw
         levels=level,
         uniform=uniform[..., 1][row, place],
         length=length,
+        generators=lambda step: draws.numbered(step, range(len(tokens))),
     )
 
     def in_window(_: Tensor, max_steps: int, t_min: float) -> Tensor:

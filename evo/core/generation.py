@@ -169,7 +169,7 @@ def write(model: Evo, job: Job, report: Report) -> Generator[Chunk, None, None]:
             yield _chunk(run, rows[run.row], start, report)
         state = window.state
         if any(window.noisy):
-            yield from _refined(window, uniform[..., 1], rows, len(job.prompt), request, report)
+            yield from _refined(window, uniform[..., 1], draws, rows, len(job.prompt), request, report)
         else:
             report.windows.append((window.size, [], None))
         staying = [row for row in range(len(rows)) if not window.ended[row]]
@@ -201,7 +201,13 @@ def _chunk(run: Run, row: int, start: int, report: Report) -> Chunk:
 
 
 def _refined(
-    window: WindowSketch, uniform: Tensor, rows: list[int], batch: int, request: Request, report: Report
+    window: WindowSketch,
+    uniform: Tensor,
+    draws: Draws,
+    rows: list[int],
+    batch: int,
+    request: Request,
+    report: Report,
 ) -> Iterator[Chunk]:
     """Refine what is left of a window, in place, and hand it out."""
     state, size = window.state, window.size
@@ -219,6 +225,7 @@ def _refined(
         uniform=uniform[index, :size],
         length=None if all(window.length[row] >= size for row in standing) else length,
         banned=None if window.banned is None else window.banned.take(index),
+        generators=lambda step: draws.numbered(window.start * request.max_steps + step, standing),
     )
     whole = [rows[row] for row in standing]
     if len(whole) < batch:

@@ -200,9 +200,8 @@ class Evo(Network):
 
         What is said of the whole batch in `max_new_tokens`, `min_new_tokens`, `stop` and `generator` may be said of each sequence. A
         sequence that has ended leaves the batch. What is written of one does not depend on who else is in the batch, but for rounding
-        (matrix products of other shapes may be summed in another order), and but for solvers that treat a batch as one: `Ancestral` draws
-        for all of it from a generator of its own, and an adaptive solver chooses its steps for all. A level that is worth no step of
-        `max_steps`, or at most the schedule's t_min, is 0: such a token is written autoregressively.
+        (matrix products of other shapes may be summed in another order), and but for an adaptive solver, which chooses its steps for all. A
+        level that is worth no step of `max_steps`, or at most the schedule's t_min, is 0: such a token is written autoregressively.
 
         Args:
             prompt: ids (B, P); P may be 0.

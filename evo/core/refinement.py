@@ -6,8 +6,8 @@ B batch, N tokens of one window, K refinement steps, R tokens read in one row of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from evo.core.ends import Banned
 from evo.core.prompted import Prompted
 from evo.heads import Decoder
 from evo.schedules import check_rows
-from evo.solvers import FixedStep, Solver, integrate
+from evo.solvers import Ancestral, FixedStep, Solver, integrate
 
 Plan = Callable[[Tensor, int, float], Tensor]
 """A rule for plans: levels (B, N), K and t_min to levels (B, K+1, N)."""
@@ -80,6 +80,7 @@ class SketchedWindow:
         uniform: (B, N) in [0, 1), of a decoder that draws.
         length: (B,) tokens present, None for all.
         banned: what may not be written; None for nothing.
+        generators: of a row of the plan, one for each sequence, for a solver that draws; None is for it to bring its own.
     """
 
     tokens: Tensor
@@ -88,6 +89,7 @@ class SketchedWindow:
     uniform: Tensor
     length: Tensor | None
     banned: Banned | None = None
+    generators: Callable[[int], Sequence[torch.Generator]] | None = None
 
 
 class _LiveField:
@@ -187,6 +189,8 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
                 plan[:, row + 1 :].masked_fill_(early.unsqueeze(1), 0.0)
             moved, target = latents, torch.where(moving, after, level)
             if any_moving and isinstance(solver, FixedStep):
+                if sketch.generators is not None and isinstance(solver, Ancestral):
+                    solver = replace(solver, generator=sketch.generators(row))
                 moved, memory = solver.advance(field, latents, level, target, memory)
             elif any_moving:
                 moved = integrate(field, latents, level, target, solver=solver).latents

@@ -12,6 +12,9 @@ from .base import FixedStep
 from .exponential import coefficients
 from .protocols import Field, NoiseSchedule
 
+# Tokens that numbers are drawn for at a time where each sequence draws its own.
+_RUN = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ancestral(FixedStep):
@@ -23,18 +26,18 @@ class Ancestral(FixedStep):
     deterministic. The share redrawn carries no gradient to the levels: at equal levels its derivative is infinite.
 
     ξ comes from `generator`, which must be on the device of the latents, and from nowhere else: one draw of (B, N, D) a
-    step, whatever the levels. With a sequence of B generators, one for each sequence, each draws its own (N, D), and
-    what becomes of a sequence does not depend on who else is in the batch. Either way they move on, and a second solve
-    draws other numbers: for the same again, seed them again. `Evo.generate` serves one generator for all only, since
-    sequences leave its batch.
+    step, whatever the levels. With a sequence of B generators, one for each sequence, each draws its own, and what
+    becomes of a token does not depend on who else is in the batch, nor in its first step on how many tokens stand
+    behind it. Either way they move on, and a second solve draws other numbers: for the same again, seed them again.
+    `Evo.generate` and `Evo.edit` bring a stream for each sequence, and need it to be None.
 
-    The field must be a probability flow of `schedule`. Raises ValueError for `eta` outside [0, 1], and in a step for
-    generators that are not one for each sequence.
+    The field must be a probability flow of `schedule`. Raises ValueError for `eta` outside [0, 1], and in a step for no
+    generator, or generators that are not one for each sequence.
     """
 
     order = 1
     schedule: NoiseSchedule
-    generator: torch.Generator | Sequence[torch.Generator]
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
     eta: float = 1.0
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class Ancestral(FixedStep):
 
     def _fresh(self, latents: Tensor) -> Tensor:
         """Standard normal noise (B, N, D)."""
+        if self.generator is None:
+            raise ValueError("Ancestral has no generator: give it one for all sequences, or one for each")
         if isinstance(self.generator, torch.Generator):
             return torch.randn(latents.shape, generator=self.generator, dtype=latents.dtype, device=latents.device)
         if len(self.generator) != len(latents):
@@ -63,7 +68,9 @@ class Ancestral(FixedStep):
                 f"Ancestral has {len(self.generator)} generators for {len(latents)} sequences: it needs one for all, or "
                 "one for each"
             )
-        fresh = torch.empty_like(latents)
+        batch, tokens, dim = latents.shape
+        fresh = latents.new_empty(batch, -(-tokens // _RUN) * _RUN, dim)
         for row, generator in zip(fresh, self.generator, strict=True):
-            row.normal_(generator=generator)
-        return fresh
+            for run in row.split(_RUN):
+                run.normal_(generator=generator)
+        return fresh[:, :tokens]
