@@ -37,6 +37,14 @@ def edited(source: Path, target: Path, entries: dict) -> Path:
     return target
 
 
+def test_each_way_to_load_knows_the_other(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"is read by evo\.interop\.from_pretrained"):
+        Evo.from_pretrained(checkpoint)
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the config of an Evo: load that with Evo\.from_pretrained"):
+        from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("entries", "said"),
     [

@@ -173,6 +173,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         )
     manifest = read_json(file, _CONFIG_LIMIT)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if isinstance(manifest, dict) and "architectures" in manifest:
+            hint = "; a model of transformers is read by evo.interop.from_pretrained"
         raise ValueError(f"{file} is not a model config of format {FORMAT}, the one this version of evo reads{hint}")
     needed = {"weights": str, "sha256": str, "config": (dict, type(None)), "config_sha256": str}
     if manifest.get("config") is None:

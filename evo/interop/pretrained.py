@@ -75,6 +75,8 @@ def from_pretrained(
     data = read_json(file, _CONFIG_LIMIT)
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds {type(data).__name__}; a model config is a JSON object")
+    if "config_sha256" in data:
+        raise ValueError(f"{file} is the config of an Evo: load that with Evo.from_pretrained")
     entries = Entries(data, str(file))
     family = family_of(entries)
     schedule = Cosine() if schedule is None else schedule
