@@ -13,8 +13,8 @@ from evo import solvers
 from evo.core import Speculation
 from evo.core.draws import Draws
 from evo.heads import FixedTimestep, LinearDecoder, NearestNeighborDecoder, NucleusPrior
-from evo.schedules import Cosine, by_order, early_stop, full, late_start, step_counts
-from evo.solvers import Ancestral, Euler, Exponential, Heun
+from evo.schedules import Cosine, Path, by_order, early_stop, full, late_start, step_counts
+from evo.solvers import Ancestral, Euler, Exponential, ExponentialMultistep, Heun
 from tests.conftest import generator, random_model
 
 MODEL = random_model()
@@ -147,6 +147,31 @@ def test_a_stochastic_solver_draws_noise_that_is_new_at_every_step_and_in_every_
     assert (torch.pdist(noise) > 0).all()
     with pytest.raises(ValueError, match="the solver has a generator of its own"):
         write(Ancestral(schedule=MODEL.schedule, generator=generator(0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resting(Path):
+    """Half-way every token rests for a while, one from a high level before the others."""
+
+    def ramp(self, levels, clock, t_min):
+        begin = torch.where(levels > 0.8, 0.3, 0.6)
+        way = torch.minimum(clock, begin) + (clock - begin - 0.2).clamp(min=0)
+        return levels * (1 - way / 0.8), levels / 0.8 * ((clock < begin) | (clock > begin + 0.2))
+
+
+def test_a_method_with_a_memory_forgets_while_a_sequence_rests_whoever_else_moves():
+    levels = torch.tensor([[0.9], [0.7]], dtype=torch.float64)
+    options = {"plan": Resting(), "max_steps": 10, "solver": ExponentialMultistep(schedule=MODEL.schedule)}
+    for seed in range(4):
+        seeds = [generator(seed), generator(seed + 100)]
+        (whole,) = MODEL.generate(
+            prompt_of(0), 8, levels=levels, trajectory=True, generator=seeds, **options
+        ).trajectory
+        for row, mine in enumerate(prompt_of(0).split(1)):
+            (alone,) = MODEL.generate(
+                mine, 8, levels=levels[row : row + 1], trajectory=True, generator=generator(seed + 100 * row), **options
+            ).trajectory
+            assert torch.equal(alone.tokens[0], whole.tokens[row])
 
 
 def test_solvers_agree_as_steps_grow():

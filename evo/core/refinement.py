@@ -177,6 +177,8 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
     tokens, latents, memory = sketch.tokens, sketch.latents, None
     finite, seen = torch.ones((), dtype=torch.bool, device=tokens.device), [tokens]
     for row in range(request.max_steps):
+        # What rests while nothing else moves begins anew, as it does where others move meanwhile.
+        before, memory = memory, None
         if (work := agenda.begin(row)) is not None:
             level, after = plan[:, row], plan[:, row + 1]
             moving, any_moving = (after != level) & (after > 0), work.moving
@@ -191,7 +193,7 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
             if any_moving and isinstance(solver, FixedStep):
                 if sketch.generators is not None and isinstance(solver, Ancestral):
                     solver = replace(solver, generator=sketch.generators(row))
-                moved, memory = solver.advance(field, latents, level, target, memory)
+                moved, memory = solver.advance(field, latents, level, target, before)
             elif any_moving:
                 moved = integrate(field, latents, level, target, solver=solver).latents
             found = field.found(latents, level)
