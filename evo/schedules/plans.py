@@ -85,7 +85,8 @@ class Path(ABC):
 
         The gradient in `levels` is taken with every moving token held at its share of the way from t_min to t. Held at
         its place on the clock instead, as written, a token whose speed does not depend on t would tell its level
-        nothing of the stretch that a higher level adds.
+        nothing of the stretch that a higher level adds. So it is the slope of a bound whose path keeps these shares; for
+        ideal predictors, and for one token alone, that of every path.
         """
         if levels.dim() != 2 or clock.shape not in ((len(levels),), (len(levels), 1)):
             raise ValueError(
@@ -227,7 +228,11 @@ def by_order(order: Tensor, width: float) -> ByOrder:
     """The path on which token i matures at turn order[i]: `order` (N,) or (B, N) in [0, 1], `width` in (0, 1].
 
     Left to right, order = i/(N − 1), it is autoregressive diffusion (Wu et al. 2023); with one turn per block of tokens
-    it is block diffusion (Arriola et al. 2025); as `width` → 0 it is autoregression. `order` may be learned: `Path.at`
-    is differentiable in it. Raises ValueError or TypeError for an order or a width out of range.
+    it is block diffusion (Arriola et al. 2025); as `width` → 0 it is autoregression. Raises ValueError or TypeError for
+    an order or a width out of range.
+
+    `Path.at` is differentiable in `order`, at a fixed clock value. Of the bound that is the gradient only for tokens that
+    fall from level 1 to where they are readable: it does not see the beginning and the end of a token's fall move with
+    its turn, and one that begins lower has a slope in its own turn where the bound has none.
     """
     return ByOrder(order=order, width=width)
