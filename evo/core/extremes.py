@@ -28,15 +28,15 @@ class Extremes(nn.Module):
 
     The bound has a basin at either end: one token that leaves the level of all others mostly loses, where all of them together would
     gain, so the gradient in single levels cannot lead from one to the other. Random levels visit both ends at every step and tell what
-    they cost. Where an end costs less than the head's levels, beyond doubt, `slope` is the difference, the slope of the chord to that
-    end; where the head is as good as both it is 0, and the gradient of the bound alone decides.
+    they cost. Where an end costs less than the head's levels, `slope` is what is beyond doubt of the difference, the slope of the chord
+    to that end, times `gain`; where the head is as good as both it is 0, and the gradient of the bound alone decides.
 
     Costs fall as the network learns, so only costs of the same step are compared: kept are running means of their differences.
 
     Args:
         decay: of the running means, per update.
         gain: the chord's slope is multiplied by this, so that it prevails over single levels' gradients that point the other way.
-        doubt: standard errors that a difference must exceed to count.
+        doubt: standard errors that are taken off a difference; what is left counts, if it is above 0.
     """
 
     weights: Tensor
@@ -68,8 +68,8 @@ class Extremes(nn.Module):
         return mean, (variance * share).sqrt()
 
     def slope(self) -> Tensor:
-        """`gain` times what is lost to the better end, nats per token, 0-dim float64: levels should fall where it is above 0, and
-        rise where it is below.
+        """`gain` times what is lost to the better end beyond doubt, nats per token, 0-dim float64: levels should fall where it is
+        above 0, and rise where it is below.
         """
         mean, error = self.beyond()
         to_zero, to_one = torch.nan_to_num(mean - self.doubt * error, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
