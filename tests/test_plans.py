@@ -126,6 +126,16 @@ def test_full_takes_every_step_evenly(case: tuple[Tensor, int]) -> None:
     torch.testing.assert_close(steps[:, :-1], length.unsqueeze(1).expand(-1, max_steps - 1, -1), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("path", [early_stop, late_start, full], ids=str)
+@given(st.integers(1, 20).map(lambda tenth: 10 * tenth), st.data())
+def test_rounding_is_no_step(path: Path, max_steps: int, data: st.DataObject) -> None:
+    """Where t_min is a point of the grid, a token moves in float32 in the rows in which it moves in float64."""
+    counts = data.draw(st.lists(st.integers(0, max_steps), min_size=1, max_size=5))
+    levels = torch.tensor([counts], dtype=F64) / max_steps
+    exact, rounded = (path(given, max_steps).diff(dim=1) != 0 for given in (levels, levels.float()))
+    assert torch.equal(rounded, exact)
+
+
 def test_early_stop_in_figures() -> None:
     plan = early_stop(torch.tensor([[0.04, 0.1, 0.26, 0.5, 1.0]]), 5)
     wanted = [

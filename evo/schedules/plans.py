@@ -128,9 +128,9 @@ class Path(ABC):
         row = torch.arange(max_steps + 1, dtype=levels.dtype, device=levels.device).view(1, -1, 1)
         ramp, _ = self.ramp(levels, row / max_steps, t_min)
         wait, end = self.span(levels, max_steps)
-        # Rounding of the ramp is no departure: a token that waits must not seem to move.
-        waiting = (row <= wait) | (ramp >= start - 1e-6)
-        held = torch.where(waiting, start, torch.maximum(ramp, start.clamp(max=t_min)))
+        # Rounding of the ramp is neither a departure nor a step: a token that waits or has arrived must not seem to move.
+        waiting, floor = (row <= wait) | (ramp >= start - 1e-6), start.clamp(max=t_min)
+        held = torch.where(waiting, start, torch.where(ramp <= floor + 1e-6, floor, ramp))
         return torch.where(row >= end, 0.0, held).detach()
 
 
