@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import resource
 import sys
 from dataclasses import replace
 
@@ -348,6 +349,33 @@ def test_a_log_forgets_what_came_after_a_step_and_half_lines(tmp_path):
         assert log.latest["train"]["step"] == 2
         log.write("train", 3, loss=0.5)
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, None), (3, 0.5)]
+
+
+def written_on_a_full_disk(path, room_again):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(path, upto=0) as log:
+        log.write("train", 1, loss=0.1)
+        # Stands in for a full disk, which takes half of the second line.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+        try:
+            for step in (2, 3):
+                log.write("train", step, loss=0.1)
+            log.sync()
+            if not room_again:
+                log.__exit__()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if room_again:
+            log.write("train", 4, loss=0.1)
+
+
+@pytest.mark.parametrize("room_again", [True, False])
+def test_a_full_disk_ends_no_training_and_lines_stay_whole(tmp_path, room_again):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.warns(UserWarning, match="could not be written to .*metrics.jsonl .*make room there"):
+        written_on_a_full_disk(path, room_again)
+    with MetricsLog(path, upto=4):
+        assert [line["step"] for line in lines(tmp_path)] == ([1, 2, 3, 4] if room_again else [1])
 
 
 def test_auto_is_a_device():

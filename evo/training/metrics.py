@@ -8,7 +8,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from evo.files import write_text
 class MetricsLog:
     """A file of JSON lines, one record each, with `kind` and `step` first; and the same for TensorBoard on request.
 
-    Opened at step `upto`, it keeps the lines up to that step and drops what a run that was cut off wrote beyond it.
+    Opened at step `upto`, it keeps the lines up to that step and drops what a run that was cut off wrote beyond it. A disk that refuses
+    ends no training: it is a warning, and lines wait until there is room, as many as the buffer of a file holds.
 
     Args:
         path: of the file; None keeps the latest records and writes none, as on all ranks but the first.
@@ -50,8 +53,9 @@ class MetricsLog:
         """Append a record; a figure that is not finite becomes null."""
         self.latest[kind] = {"kind": kind, "step": step, **_finite(values)}
         if self._file is not None:
-            self._file.write(json.dumps(self.latest[kind]) + "\n")
-            self._file.flush()
+            with _refusals(self._file.name):
+                self._file.write(json.dumps(self.latest[kind]) + "\n")
+                self._file.flush()
         if self._board is not None:
             for name, value in _scalars(values, kind):
                 self._board.add_scalar(name, value, step)
@@ -59,14 +63,16 @@ class MetricsLog:
     def sync(self) -> None:
         """Have all lines on the disk: a checkpoint must not be newer than its metrics."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with _refusals(self._file.name):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with _refusals(self._file.name):
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -107,6 +113,15 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Tell in a warning that the disk refuses, and go on."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"figures could not be written to {path} ({error}): make room there", stacklevel=4)
 
 
 def _finite(value: Any) -> Any:
