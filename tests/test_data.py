@@ -175,6 +175,20 @@ def test_no_text_is_an_error_that_names_the_path(tmp_path):
         CorpusConfig(held_out=1.5)
 
 
+@pytest.mark.parametrize("inner", ["", "runs/evo/data"])
+def test_a_run_does_not_read_what_it_writes(tmp_path, inner):
+    source = write(tmp_path / "source", {"a.py": b"one", "b.py": b"two"})
+    with pytest.raises(
+        ValueError, match=r"lies in .*source, .* give an output folder elsewhere, or say with corpus\.suffixes"
+    ):
+        open_corpus(source, source / inner, ANY)
+    for place, config in ((".runs/data", ANY), ("runs/data", CorpusConfig(exclude=("runs",)))):
+        made = [open_corpus(source, source / place, config).fingerprint for _ in range(2)]
+        assert made[0] == made[1]
+    if inner:
+        assert open_corpus(source, source / inner, CorpusConfig(suffixes=(".py",))).train.documents == 1
+
+
 # Batches.
 
 LENGTHS = st.lists(st.integers(3, 30), min_size=1, max_size=12)

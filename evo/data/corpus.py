@@ -17,7 +17,7 @@ from evo.data.encoding import BYTES, Encoding
 from evo.data.order import epoch_key, permuted
 from evo.data.packing import CONTIGUOUS, PACKINGS, Packed, Packing, Rows, fill
 from evo.data.shards import MANIFEST, TokenShards
-from evo.data.sources import CorpusConfig, survey
+from evo.data.sources import CorpusConfig, reads, survey
 from evo.data.writing import SHARD_BYTES, write_shards
 from evo.files import write_json
 
@@ -152,13 +152,18 @@ def open_corpus(
 
     Raises:
         FileNotFoundError: where `source` is not there.
-        ValueError: where it is None or holds no text, or was prepared and is not whole.
+        ValueError: where it is None or holds no text, or was prepared and is not whole; where it would read what a run writes to `cache`.
     """
     if source is None:
         raise ValueError("there is no data: name a file or folder of text, or one that `evo prepare` made")
     packing = PACKINGS[config.packing]
     if prepared(source):
         return Corpus.open(source, packing)
+    if reads(source, cache, config):
+        raise ValueError(
+            f"{cache} lies in {source}, and what is written there would be read as text: give an output folder elsewhere, or say with "
+            "corpus.suffixes which files are text"
+        )
     found = survey(source, config, encoding.fingerprint)
     known = cache / _SOURCE
     if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["signature"] == found.signature:

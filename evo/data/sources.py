@@ -93,6 +93,15 @@ def survey(source: Path, config: CorpusConfig, encoding: str) -> Survey:
     return Survey(signature, tuple(sides[False]), tuple(sides[True]))
 
 
+def reads(source: Path, folder: Path, config: CorpusConfig) -> bool:
+    """Whether the JSON that a run writes to `folder` would be text of `source`."""
+    if not source.is_dir() or not folder.resolve().is_relative_to(source.resolve()):
+        return False
+    between = folder.resolve().relative_to(source.resolve()).parts
+    passed_over = any(name.startswith(".") or name in config.exclude for name in between)
+    return not passed_over and any(name.endswith(config.suffixes or "") for name in (".json", ".jsonl"))
+
+
 def _text_files(folder: Path, config: CorpusConfig) -> Iterator[Path]:
     for place, inner, names in os.walk(folder):
         inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in config.exclude)
