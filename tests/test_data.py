@@ -117,11 +117,12 @@ def test_tokens_are_reused_until_the_source_changes(tmp_path):
     assert sorted(texts(first.train) + texts(first.held_out)) == before
 
 
-def test_a_cache_cut_short_is_made_anew(tmp_path):
+@pytest.mark.parametrize("damaged", ["train/00000.tokens", "train/shards.json", "source.json"])
+def test_a_cache_cut_short_is_made_anew(tmp_path, damaged):
     source = write(tmp_path / "source", {"a": b"one", "b": b"two"})
     cache = tmp_path / "cache"
     kept = texts(open_corpus(source, cache, ANY).train)
-    with (cache / "train" / "00000.tokens").open("r+b") as file:
+    with (cache / damaged).open("r+b") as file:
         file.truncate(2)
     assert texts(open_corpus(source, cache, ANY).train) == kept
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from evo.data.packing import CONTIGUOUS, PACKINGS, Packed, Packing, Rows, fill
 from evo.data.shards import MANIFEST, TokenShards
 from evo.data.sources import CorpusConfig, reads, survey
 from evo.data.writing import SHARD_BYTES, write_shards
-from evo.files import write_json
+from evo.files import read_json, write_json
 
 _SOURCE = "source.json"
+_LIMIT = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,12 +167,10 @@ def open_corpus(
         )
     found = survey(source, config, encoding.fingerprint)
     known = cache / _SOURCE
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["signature"] == found.signature:
-        try:
+    # A cache that is not there, or no longer whole, is made anew.
+    with suppress(FileNotFoundError, ValueError):
+        if read_json(known, _LIMIT) == {"signature": found.signature}:
             return Corpus.open(cache, packing)
-        except (FileNotFoundError, ValueError):
-            # A cache that is no longer whole is made anew.
-            pass
     cache.mkdir(parents=True, exist_ok=True)
     known.unlink(missing_ok=True)
     quiet = not (progress and sys.stderr.isatty())
