@@ -338,13 +338,16 @@ def test_a_meter_sums_what_counted(values):
     assert meter.read()[:2] == ([], 0)
 
 
-def test_a_log_forgets_what_came_after_a_step_and_half_lines(tmp_path):
+@pytest.mark.parametrize(
+    "half", [b'{"kind": "train", "st', b"\0\0\0\n", b'\0\0: 1}\n{"kind": "train"', b"\xff\n", b"3\n"]
+)
+def test_a_log_forgets_what_came_after_a_step_and_half_lines(tmp_path, half):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path, upto=0) as log:
         for step in (1, 2, 3):
             log.write("train", step, loss=math.inf if step == 2 else 1.0)
-    with path.open("a") as file:
-        file.write('{"kind": "train", "st')
+    with path.open("ab") as file:
+        file.write(half)
     with MetricsLog(path, upto=2) as log:
         assert log.latest["train"]["step"] == 2
         log.write("train", 3, loss=0.5)

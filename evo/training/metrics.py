@@ -23,8 +23,8 @@ from evo.files import write_text
 class MetricsLog:
     """A file of JSON lines, one record each, with `kind` and `step` first; and the same for TensorBoard on request.
 
-    Opened at step `upto`, it keeps the lines up to that step and drops what a run that was cut off wrote beyond it. A disk that refuses
-    ends no training: it is a warning, and lines wait until there is room, as many as the buffer of a file holds.
+    Opened at step `upto`, it keeps the lines up to that step and drops what a run that was cut off wrote beyond it, whole or not. A disk
+    that refuses ends no training: it is a warning, and lines wait until there is room, as many as the buffer of a file holds.
 
     Args:
         path: of the file; None keeps the latest records and writes none, as on all ranks but the first.
@@ -40,8 +40,8 @@ class MetricsLog:
         self._file, self._board = None, None
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= upto]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= upto]
         if kept != lines:
             write_text(path, "".join(kept))
         self.latest = {record["kind"]: record for record in map(json.loads, kept)}
@@ -113,6 +113,15 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The record in a line; None where there is none, as a power cut may leave behind the last checkpoint."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if line.endswith("\n") and isinstance(record, dict) and {"kind", "step"} <= record.keys() else None
 
 
 @contextmanager
