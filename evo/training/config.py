@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from evo.data import CorpusConfig
 from evo.training.parallel import ParallelConfig
@@ -36,9 +37,13 @@ class OptimizerConfig:
     """Steps with a loss or gradient that is not finite are left out; so many in a row end the run."""
 
     def __post_init__(self) -> None:
-        _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive rate")
+        _check(0 < self.learning_rate < math.inf, "optimizer.learning_rate", self.learning_rate, "a positive rate")
         _check(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more steps")
         _check(0 <= self.floor <= 1, "optimizer.floor", self.floor, "a share in [0, 1]")
+        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _check(betas, "optimizer.betas", self.betas, "two decays in [0, 1)")
+        _check(0 < self.eps < math.inf, "optimizer.eps", self.eps, "a positive number")
+        _check(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _check(self.clip > 0, "optimizer.clip", self.clip, "a positive norm")
         _check(0 <= self.ema < 1, "optimizer.ema", self.ema, "a decay in [0, 1)")
         _check(self.patience >= 1, "optimizer.patience", self.patience, "1 or more steps")
@@ -104,6 +109,8 @@ class CurriculumConfig:
     """Price λ of the mean level in nats a token; more makes refinement rarer."""
 
     def __post_init__(self) -> None:
+        paths = ("early_stop", "late_start", "full")
+        _check(self.path in paths, "curriculum.path", self.path, f"one of {', '.join(paths)}")
         for name in (
             "explore",
             "explore_floor",
@@ -210,6 +217,15 @@ class TrainConfig:
         _check(self.length >= 2, "length", self.length, "2 or more tokens")
         _check(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more, below 2^63")
         _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
+        _check(
+            self.precision in get_args(Precision),
+            "precision",
+            self.precision,
+            f"one of {', '.join(get_args(Precision))}",
+        )
+        _check(
+            "vocab_size" not in self.overrides, "overrides", self.overrides, "no vocab_size, which is that of the data"
+        )
         _check(self.timeout > 0, "timeout", self.timeout, "a positive number of seconds")
         _check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "a positive rate")
 
