@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,18 @@ def test_train_says_how_a_run_differs(trained, text, capsys):
     shown = capsys.readouterr().err
     assert shown.startswith(f"evo train: {out} holds a run with other options: batch_size was 2 and is now 16")
     assert shown.count("\n") == 1
+
+
+def test_figures_that_are_not_there_or_not_finite_are_no_error(text, tmp_path, capsys):
+    sizes = ["--steps", "4", "--length", "16", "--batch-size", "2", "--evaluation.sequences", "1"]
+    command = ["train", "--data", str(text), "--out", str(tmp_path / "run"), *TINY, *sizes]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"level 0 +\d+\.\d{4} ± nan\n", shown.out)
+    assert f"4 steps; the model is in {tmp_path / 'run' / 'model'}" in shown.err
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert main(command) == 0
+    assert capsys.readouterr().out == ""
 
 
 def written(trained, capsys, *options):
