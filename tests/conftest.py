@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+from collections.abc import Iterator
 
 # Also for the processes that tests start: workers share the cores, and threads of several processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,3 +69,14 @@ class Given(Chance):
 def generator(seed: int = 0) -> torch.Generator:
     """A seeded generator."""
     return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Stands in for one: no file of this process may grow beyond four kilobytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import resource
 import shutil
 import threading
 import warnings
@@ -21,6 +20,7 @@ from evo.training.checkpoint import checkpoints
 from evo.training.manifest import Manifest
 from evo.training.state import TrainState
 from tests.checkpoint_cases import DAMAGES, OPTIMIZER, advance, assert_same_state, small_evo, state_after, toy
+from tests.conftest import full_disk
 from tests.test_composition import tied
 
 
@@ -97,8 +97,8 @@ def test_in_the_background_and_not_the_same_bytes_are_written(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(tmp_path, monkeypatch):
-    go_on, write = threading.Event(), checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *given: go_on.wait(60) and write(*given))
+    go_on, write = threading.Event(), checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *given: go_on.wait(60) and write(*given))
     state = state_after(2)
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         checkpointer.save(state, corpus="text")
@@ -184,12 +184,18 @@ def failing(*_):
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("call", ["save_file", "sha256", "sync", "write_text", "rename"])
 def test_a_disk_that_refuses_is_a_warning_and_keeps_the_one_before(tmp_path, monkeypatch, call, background):
-    places = {"write_text": "evo.training.manifest.write_text", "rename": "evo.training.checkpoint.os.rename"}
+    places = {
+        "save_file": "evo.core.shards.save_file",
+        "sha256": "evo.training.checkpoint.sha256",
+        "sync": "evo.core.shards.sync",
+        "write_text": "evo.training.manifest.write_text",
+        "rename": "evo.training.checkpoint.os.rename",
+    }
     with Checkpointer(tmp_path, keep=1, background=background) as checkpointer:
         checkpointer.save(state_after(1), corpus="text")
         checkpointer.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(places.get(call, f"evo.training.storage.{call}"), failing)
+            patch.setattr(places[call], failing)
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 checkpointer.save(state_after(2), corpus="text")
@@ -208,13 +214,13 @@ def test_a_disk_that_refuses_is_a_warning_and_keeps_the_one_before(tmp_path, mon
 
 
 def test_a_failure_of_the_last_save_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("evo.training.storage.save_file", failing)
+    monkeypatch.setattr("evo.core.shards.save_file", failing)
     with pytest.raises(SaveError), Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(state_after(1), corpus="text")
 
 
 def test_an_error_of_the_run_comes_before_that_of_its_last_save(tmp_path, monkeypatch):
-    monkeypatch.setattr("evo.training.storage.save_file", failing)
+    monkeypatch.setattr("evo.core.shards.save_file", failing)
 
     def interrupted():
         with Checkpointer(tmp_path, keep=1) as checkpointer:
@@ -226,7 +232,7 @@ def test_an_error_of_the_run_comes_before_that_of_its_last_save(tmp_path, monkey
 
 
 def test_a_mistake_in_the_background_is_an_error_at_the_next_call(tmp_path, monkeypatch):
-    monkeypatch.setattr("evo.training.storage.save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("evo.core.shards.save_file", lambda *_: 1 / 0)
     checkpointer = Checkpointer(tmp_path, keep=1)
     checkpointer.save(state_after(1), corpus="text")
     for call in (lambda: checkpointer.save(state_after(2), corpus="text"), checkpointer.wait, checkpointer.close):
@@ -237,14 +243,8 @@ def test_a_mistake_in_the_background_is_an_error_at_the_next_call(tmp_path, monk
 def test_a_full_disk_keeps_the_one_before(tmp_path):
     saved(tmp_path, state_after(1))
     state = state_after(2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Stands in for a full disk: no file of this process may grow beyond a kilobyte.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    try:
-        with pytest.raises(SaveError, match="step 2 could not be written"):
-            saved(tmp_path, state, keep=1, background=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(), pytest.raises(SaveError, match="step 2 could not be written"):
+        saved(tmp_path, state, keep=1, background=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert_same_state(restored(tmp_path)[0], state_after(1))
 

@@ -151,7 +151,7 @@ def failures_are_those_of_all(rank, folder):
         state.step = 4
         with pytest.MonkeyPatch.context() as patch:
             if rank == 2:
-                patch.setattr("evo.training.storage.save_file", no_space)
+                patch.setattr("evo.core.shards.save_file", no_space)
             checkpointer.save(state, corpus="text")
             with pytest.raises(SaveError, match="step 4 could not be written"):
                 checkpointer.wait()

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from evo import Evo
 from evo.core import LatentSpace, Transformer
 from evo.interop import export_causal_lm, from_pretrained
-from tests.conftest import random_model
+from tests.conftest import full_disk, random_model
 from tests.pretrained_models import reference, saved
 
 
@@ -182,20 +182,15 @@ def test_a_model_that_no_family_computes_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(checkpoint, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_and_nothing_half_written(checkpoint, tmp_path):
     model = from_pretrained(checkpoint)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("somebody's")
     with pytest.raises(FileExistsError, match="is there already"):
         export_causal_lm(model, tmp_path / "there")
 
-    def fail(*_, **__):
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("evo.interop.export.save_file", fail)
-        with pytest.raises(OSError, match="disk is full"):
-            export_causal_lm(model, tmp_path / "new")
+    with full_disk(), pytest.raises(OSError, match="could not be written"):
+        export_causal_lm(model, tmp_path / "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
     export_causal_lm(model, tmp_path / "new")
     assert {file.name for file in (tmp_path / "new").iterdir()} == {

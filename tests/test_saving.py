@@ -15,7 +15,7 @@ from evo.core import LatentSpace, Transformer
 from evo.core.serialization import _json_sha256
 from evo.files import sha256
 from evo.schedules import Cosine, Shifted
-from tests.conftest import generator, random_model
+from tests.conftest import full_disk, generator, random_model
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,15 @@ def test_a_save_that_is_cut_short_leaves_the_old_model(tmp_path, monkeypatch, mo
     monkeypatch.setattr("evo.core.serialization.os.replace", replace)
     with pytest.raises(KeyboardInterrupt):
         random_model(1).save_pretrained(tmp_path)
+    assert torch.equal(Evo.from_pretrained(tmp_path).bos, first.bos)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_model(tmp_path):
+    first = random_model(0)
+    first.save_pretrained(tmp_path)
+    with full_disk(), pytest.raises(OSError, match="could not be written"):
+        random_model(1).save_pretrained(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
     assert torch.equal(Evo.from_pretrained(tmp_path).bos, first.bos)
 
 

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evo._version import __version__
 from evo.core.composition import composition, differences, shared_tensors
 from evo.core.config import EvoConfig
-from evo.core.shards import Shards
+from evo.core.shards import Shards, write_tensors
 from evo.core.sizes import blueprint
 from evo.core.transformer import Transformer
-from evo.files import read_json, sha256, sync, write_json
+from evo.files import read_json, sha256, write_json
 from evo.schedules import from_config
 
 if TYPE_CHECKING:
@@ -65,14 +64,9 @@ def write_pretrained(
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / f".{secrets.token_hex(8)}.tmp"
     try:
-        # safetensors makes files that nobody else may read; a model gets the permissions of any other new file.
-        scratch.touch()
-        mode = scratch.stat().st_mode
-        save_file(dict(weights), scratch)
-        scratch.chmod(mode)
+        write_tensors(scratch, weights)
         digest = sha256(scratch)
         name = f"model-{digest[:12]}.safetensors"
-        sync(scratch)
         os.replace(scratch, directory / name)
         described = dict(composed) if config is None else config.to_json()
         manifest = {

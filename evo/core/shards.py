@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from evo.files import parse_json, read_json
+from evo.files import parse_json, read_json, sync
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,6 +120,23 @@ class Shards:
             KeyError: for a name that is not in `shapes`.
         """
         return self._open[self.files[name]].get_tensor(name).clone()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors`, no two of which share memory, and `metadata` to a safetensors file, and have it on the disk before going on.
+
+    Raises:
+        OSError: where the disk refuses.
+    """
+    # safetensors makes files that nobody else may read; this one gets the permissions of any other new file.
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    path.chmod(mode)
+    sync(path)
 
 
 def _checked(path: Path) -> safe_open:

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evo.core import Evo
+from evo.core.shards import write_tensors
 from evo.files import sync, write_json
 from evo.heads import LinearReadout, Readout, TiedReadout
 from evo.interop.families import FAMILIES
@@ -71,13 +71,7 @@ def export_causal_lm(model: Evo, path: str | os.PathLike[str]) -> None:
         scratch.mkdir()
         write_json(scratch / "config.json", described)
         write_json(scratch / "generation_config.json", generation)
-        weights = scratch / "model.safetensors"
-        # safetensors makes files that nobody else may read; a model gets the permissions of any other new file.
-        weights.touch()
-        mode = weights.stat().st_mode
-        save_file(state, weights, metadata={"format": "pt"})
-        weights.chmod(mode)
-        sync(weights)
+        write_tensors(scratch / "model.safetensors", state, {"format": "pt"})
         sync(scratch)
         os.replace(scratch, target)
         sync(target.parent)

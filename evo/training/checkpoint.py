@@ -23,7 +23,8 @@ from torch import Tensor
 from evo.core import Evo, EvoConfig
 from evo.core.composition import differences, second_names
 from evo.core.serialization import assemble, write_pretrained
-from evo.files import sync
+from evo.core.shards import write_tensors
+from evo.files import sha256, sync
 from evo.training.manifest import (
     CheckpointError,
     FormatError,
@@ -35,7 +36,7 @@ from evo.training.manifest import (
 )
 from evo.training.peers import Peers
 from evo.training.state import TrainState
-from evo.training.storage import Layout, Table, file_name, read, write
+from evo.training.storage import Layout, Table, file_name, read
 
 __all__ = ["CheckpointError", "Checkpointer", "SaveError", "averaged_model", "checkpoints", "export_average"]
 
@@ -181,6 +182,11 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+        def write() -> str:
+            file = temporary / file_name(peers.rank)
+            write_tensors(file, self._staged)
+            return sha256(file)
+
         def finish(digests: list[str]) -> None:
             files = {file_name(rank): digest for rank, digest in enumerate(digests)}
             replace(manifest, files=files).write(temporary)
@@ -192,7 +198,7 @@ class Checkpointer:
 
         try:
             peers.from_first(begin)
-            peers.agree(lambda: write(temporary / file_name(peers.rank), self._staged), finish)
+            peers.agree(write, finish)
         except OSError as error:
             if peers.first:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -28,7 +27,6 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 
 from evo.core.shards import DTYPES
-from evo.files import sha256, sync
 from evo.training.peers import Peers
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -98,23 +96,6 @@ class Layout:
             return [[item.index for item in plan.items] for plan in plans]
 
         self._share = self._peers.deal(local, whole)
-
-
-def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write `tensors`, in memory of their own on the CPU, to a file, have it on the disk, and return its SHA-256.
-
-    Raises `OSError` where the disk refuses.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    # safetensors makes files that nobody else may read; a checkpoint gets the permissions of any other new file.
-    path.chmod(mode)
-    sync(path)
-    return sha256(path)
 
 
 def read(folder: Path, table: Table, targets: Mapping[str, Tensor]) -> None:
