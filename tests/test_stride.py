@@ -294,7 +294,7 @@ def test_nan_weights_fail_and_leave_the_model_usable(level):
     [
         ({"stride": 0}, "stride is 0"),
         ({"stride": -2}, "stride is -2"),
-        ({"stride": 7}, "stride is 7 and the window has 6 tokens"),
+        ({"stride": 7, "window": 6}, "stride is 7 and the window has 6 tokens"),
         ({"stride": 3, "window": 2}, "stride is 3 and the window has 2 tokens"),
     ],
 )
@@ -302,3 +302,12 @@ def test_nan_weights_fail_and_leave_the_model_usable(level):
 def test_a_stride_that_cannot_be_is_refused(wrong, message, method):
     with pytest.raises(ValueError, match=message):
         getattr(MODEL, method)(prompt_of(0), 6, **wrong)
+
+
+@settings(max_examples=10)
+@given(seed=ANY_SEED, short=st.integers(1, 4), stride=st.integers(2, 6), level=LEVELS)
+def test_an_answer_shorter_than_the_stride_is_what_it_is_beside_a_longer_one(seed, short, stride, level):
+    prompt, options = prompt_of(seed)[:2], {"stride": stride, "timestep_head": head_of(level), "max_steps": 3}
+    both = MODEL.generate(prompt, [short, 8], generator=[generator(seed), generator(1)], **options)
+    alone = MODEL.generate(prompt[:1], short, generator=[generator(seed)], **options)
+    assert torch.equal(alone.tokens[0], both.tokens[0, :short])

@@ -56,8 +56,8 @@ def as_job(
     """What `model` is asked for by the arguments of `Evo.generate` and `Evo.stream`, which has their meaning; raises what they raise."""
     present, ends = as_prompt(model, prompt, lengths, max_new_tokens, min_new_tokens, stop)
     max_steps, stride, every = as_count("max_steps", max_steps), as_count("stride", stride), as_count("every", every)
-    window = max(ends.most) if window is None else as_count("window", window)
-    if stride > window:
+    window = None if window is None else as_count("window", window)
+    if window is not None and stride > window:
         raise ValueError(f"stride is {stride} and the window has {window} tokens; no pass sketches beyond a window")
     sketched = model.timestep_head if timestep_head is None else timestep_head
     check_called("timestep_head", sketched, "timestep_head(hidden, context_logits)", "evo.heads.FixedTimestep(0.5)")
@@ -105,7 +105,7 @@ def as_job(
             plan=plan,
             decoder=LinearDecoder() if decoder is None else decoder,
             max_steps=max_steps,
-            window=window,
+            window=max(ends.most) if window is None else window,
             refresh=refresh,
             fidelity=fidelity,
             trajectory=trajectory,
