@@ -275,7 +275,7 @@ def test_nan_weights_fail_clearly_and_leave_the_model_usable(refresh):
 
 def test_settings_out_of_range_are_refused():
     case = Case.draw(MODEL, 0)
-    for refresh in (0, -1, 1.5):
+    for refresh in (0, -1):
         with pytest.raises(ValueError, match=f"refresh is {refresh}"):
             case.request(refresh=refresh)
     for fidelity in (0.0, -0.1, 1.1, float("nan")):

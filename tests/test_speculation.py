@@ -242,13 +242,18 @@ def test_nan_weights_fail_and_leave_the_model_usable(how):
     ("wrong", "message"),
     [
         ({"run": 0}, "run is 0"),
-        ({"run": 2.5}, "run is 2.5"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2, "causal": True}, "steps is 2 and causal is True"),
     ],
 )
 def test_a_speculation_that_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
+        Speculation(**wrong)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"run": 2.5}, "run is 2.5"), ({"steps": True}, "steps is True")])
+def test_a_speculation_counts_in_whole_numbers(wrong, message):
+    with pytest.raises(TypeError, match=message):
         Speculation(**wrong)
 
 

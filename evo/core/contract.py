@@ -5,6 +5,7 @@ B batch, N tokens, P prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from numbers import Real
@@ -118,11 +119,11 @@ def as_documents(documents: Tensor, tokens: Tensor, bos: int) -> Documents:
 
 
 def as_int(name: str, value: Any) -> int:
-    """A whole number of any integer type; raises TypeError for anything else."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {described(value)}; it needs a whole number, such as 4") from None
+    """A whole number of any integer type; raises TypeError for anything else, truth values among it."""
+    if not isinstance(value, bool) and not (isinstance(value, Tensor) and value.dtype == torch.bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} is {described(value)}; it needs a whole number, such as 4")
 
 
 def as_count(name: str, value: Any) -> int:
@@ -211,7 +212,7 @@ def as_levels(levels: float | Tensor | None, shape: torch.Size, like: Tensor, *,
         return None
     dtype, (rows, columns) = torch.promote_types(like.dtype, torch.float32), shape
     if not isinstance(levels, Tensor):
-        if not isinstance(levels, Real):
+        if isinstance(levels, bool) or not isinstance(levels, Real):
             raise TypeError(
                 f"levels is {described(levels)}; it needs None, one number, or a tensor of shape {tuple(shape)}"
             )

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evo.core.agenda import Agenda, Work
-from evo.core.answers import decoded_by, logits_of
-from evo.core.contract import check_called
+from evo.core.answers import decoded_by, described, logits_of
+from evo.core.contract import as_count, check_called
 from evo.core.denoiser import Denoised
 from evo.core.ends import Banned
 from evo.core.prompted import Prompted
@@ -59,14 +60,14 @@ class Request:
         check_called(
             "decoder", self.decoder, "decoder(logits, denoised, embeddings, uniform)", "evo.heads.LinearDecoder()"
         )
-        if not isinstance(self.refresh, int) or self.refresh < 1:
-            raise ValueError(
-                f"refresh is {self.refresh!r}; it counts steps from one look at the whole window to the next: 1 (every step) or more"
-            )
-        if self.fidelity is not None and not 0 < self.fidelity <= 1:
-            raise ValueError(
-                f"fidelity is {self.fidelity!r}; it is the probability above which a token is final, in (0, 1], or None for no such look"
-            )
+        as_count("refresh", self.refresh)
+        if self.fidelity is None:
+            return
+        needed = f"fidelity is {described(self.fidelity)}; it is the probability from which a token is final, in (0, 1], or None for never"
+        if isinstance(self.fidelity, bool) or not isinstance(self.fidelity, Real):
+            raise TypeError(needed)
+        if not 0 < self.fidelity <= 1:
+            raise ValueError(needed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evo.core.answers import logits_of, tokens_of
+from evo.core.contract import as_count
 from evo.core.draws import Draws
 from evo.core.ends import Ends
 from evo.core.masks import Causal, Window
@@ -52,9 +53,7 @@ class Speculation:
 
     def __post_init__(self) -> None:
         for name in ("run", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; speculation needs a whole number of at least 1")
+            as_count(name, getattr(self, name))
         if self.causal and self.steps > 1:
             raise ValueError(
                 f"steps is {self.steps} and causal is True; a parallel sketch is one evaluation: leave steps at 1, or "

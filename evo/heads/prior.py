@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -34,6 +35,9 @@ class NucleusPrior:
     processors: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def __post_init__(self) -> None:
+        for name, value in (("top_p", self.top_p), ("temperature", self.temperature)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} is {value!r}; it needs a number, such as 0.7")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         # Logits of float32 divided by less overflow, and what is drawn from infinities is any token.
