@@ -2,7 +2,7 @@
 
 Shapes and dtypes are looked at in every call, values only where no device has to be waited for.
 
-B batch, N tokens, V vocabulary, D latent dimension, W width.
+V vocabulary, D latent dimension, W width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Multi-head attention with rotary positions, grouped keys and values, and a cache.
 
-B batch, N tokens, W width, H heads, C head dimension.
+B batch, N tokens, W width, C head dimension.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one place where what callers hand to a model is checked.
 
-B batch, N tokens, P prompt tokens, V vocabulary.
+B batch, N tokens, P prompt tokens.
 """
 
 from __future__ import annotations

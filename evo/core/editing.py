@@ -1,6 +1,6 @@
 """Rewriting a text: chosen tokens go back to chosen noise levels, and the flow makes words of them again.
 
-B batch, N tokens, M tokens of the window, D latent dimension.
+B batch, N tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where sequences end: their stop tokens, the fewest and the most tokens of each.
 
-B batch, S stop tokens, T tokens of any sequences, V vocabulary.
+B batch, S stop tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writing text: sketch a window token by token, refine it along the flow, commit, go on.
 
-B batch, M new tokens, N tokens of one window, R of its sequences that are refined, K refinement steps.
+B batch, M new tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Writing between two texts: from the arguments of `Evo.infill` to what has to be done.
-
-B batch, P prefix tokens, S suffix tokens.
-"""
+"""Writing between two texts: from the arguments of `Evo.infill` to what has to be done."""
 
 from __future__ import annotations
 

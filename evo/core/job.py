@@ -1,7 +1,4 @@
-"""From the arguments of `Evo.generate` to what has to be done.
-
-B batch, P prompt tokens.
-"""
+"""From the arguments of `Evo.generate` to what has to be done."""
 
 from __future__ import annotations
 

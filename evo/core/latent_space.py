@@ -1,6 +1,6 @@
 """The latent space: one point for every vocabulary entry.
 
-B batch, N tokens, V vocabulary, D latent dimension.
+V vocabulary, D latent dimension.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evo: a latent space, a backbone, a schedule and a head for progression times, composed.
 
-B batch, N tokens, P prompt tokens, V vocabulary, D latent dimension, W width.
+B batch, N tokens, P prompt tokens, V vocabulary, D latent dimension.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The loss that training minimises: one estimate of the bound at one clock value a sequence, and what exploration adds.
 
-B batch, N tokens, V vocabulary, D latent dimension.
+B batch, N tokens.
 """
 
 from __future__ import annotations

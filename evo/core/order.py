@@ -7,7 +7,7 @@ too, the window both. The row that is read twice is the one that speaks of the w
 seen the suffix, and on its second reading it has. Positions stay those of the text. So a causal mask and a window mask are all that is
 needed, and what was read of prefix and suffix does not depend on the window, which a cache wants.
 
-B batch, N tokens, S slots, D latent dimension.
+B batch, N tokens, S slots.
 """
 
 from __future__ import annotations

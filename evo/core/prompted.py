@@ -1,6 +1,6 @@
 """A model that has read something and can go on.
 
-B batch, P prompt tokens, N tokens, V vocabulary, D latent dimension, W width.
+B batch, P prompt tokens, V vocabulary, D latent dimension, W width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From a sketched window to words: walk the plan along the flow, and commit every token whose steps are spent.
 
-B batch, N tokens of one window, K refinement steps, R tokens read in one row of the plan, V vocabulary, D latent dimension.
+B batch, N tokens of one window, K refinement steps, R tokens read in one row of the plan, D latent dimension.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a model of some config is made of, found without building it.
-
-V vocabulary, D latent dimension, W width.
-"""
+"""What a model of some config is made of, found without building it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Sketching a window: token after token, or several in one pass, each at a level of its own.
 
-B sequences of the window, A of them still being sketched, n tokens, k tokens of one pass, N tokens of the window, V vocabulary,
-D latent dimension.
+B sequences of the window, A of them still being sketched, k tokens of one pass, N tokens of the window, V vocabulary, D latent dimension.
 """
 
 from __future__ import annotations

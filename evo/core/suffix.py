@@ -1,6 +1,6 @@
 """A model that has read what stands on both sides of a gap, and can go on in it.
 
-B batch, P prefix tokens, S suffix tokens, D latent dimension.
+B batch, P prefix tokens, S suffix tokens.
 """
 
 from __future__ import annotations

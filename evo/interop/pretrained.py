@@ -1,7 +1,4 @@
-"""Starting from a pretrained causal language model (paper §2.3).
-
-V vocabulary, W width.
-"""
+"""Starting from a pretrained causal language model (paper §2.3)."""
 
 from __future__ import annotations
 

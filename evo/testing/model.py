@@ -1,6 +1,6 @@
 """What a composed model owes its name: at level 0 it is autoregression, at level 1 diffusion, and its cache changes nothing.
 
-B batch, N tokens, V vocabulary, D latent dimension.
+B batch, N tokens, D latent dimension.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A multiply-add is two operations; products of matrices are all that is counted, attention over every key that a kernel is given,
 seen or not: the conventions of `torch.utils.flop_counter`, which the tests compare with, operation for operation.
-
-V vocabulary, D latent dimension, W width.
 """
 
 from __future__ import annotations

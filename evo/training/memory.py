@@ -3,7 +3,7 @@
 Weights, gradients, both moments of AdamW and the average of the weights are float32. Activations are what autograd keeps of both
 halves of a training step at once.
 
-V vocabulary, D latent dimension, W width, F hidden width, N tokens of a sequence.
+V vocabulary, N tokens of a sequence.
 """
 
 from __future__ import annotations

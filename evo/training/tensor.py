@@ -4,7 +4,7 @@ Megatron's plan (Shoeybi et al. 2019) through torch's own engine. Of every block
 by their outputs (columns), the maps back to the residual stream by their inputs (rows), so that each half of a block costs one
 all-reduce forward and one backward, of (B, N, W).
 
-B batch, N tokens, W width, F hidden width, C head dimension.
+B batch, N tokens, W width, C head dimension.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The only file that imports xformers, and only when a call needs it.
 
-B batch, Q queries, K keys, H query heads, G key/value heads, R = H / G, C head dimension.
+B batch, Q queries, K keys, H query heads, G key/value heads, C head dimension.
 """
 
 from __future__ import annotations
