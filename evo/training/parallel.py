@@ -125,7 +125,7 @@ def parallelize(
 ) -> nn.Module:
     """Spread a model over the ranks of a mesh, in place; all of them call this, and get the weights of rank 0.
 
-    What comes back is what a training step calls: the model itself, or a wrapper where every rank holds a copy (`bare` undoes that).
+    What comes back is what a training step calls: the model itself, or a wrapper where every rank holds a copy (`unwrapped` undoes that).
     Gradients are summed over "replicate" and "shard", and averaged over "context", whose ranks have the same loss. Make the optimizer
     afterwards, of what comes back, and the average of the weights before. A model without a parameter that takes a gradient (the average)
     is split alike, but neither wrapped nor compiled.
@@ -175,12 +175,9 @@ def parallelize(
     return _replicated(model, mesh["replicate"]) if trained else model
 
 
-def bare(model: nn.Module) -> Evo:
-    """The `Evo` behind what `parallelize` returned."""
-    evo = model.module if isinstance(model, DistributedDataParallel) else model
-    if not isinstance(evo, Evo):
-        raise TypeError(f"parallelize returns an Evo or a wrapper of one, got {type(model).__name__}")
-    return evo
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind what `parallelize` returned."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def data_ranks(mesh: DeviceMesh | None) -> tuple[int, int]:
@@ -260,7 +257,9 @@ def gathered(model: nn.Module, *, blocks: bool = True) -> Iterator[Evo]:
             by block at each pass: all ranks must then make the same passes. An adaptive solver does so by itself; learned levels, and
             sequences that end early, do not.
     """
-    evo = bare(model)
+    evo = unwrapped(model)
+    if not isinstance(evo, Evo):
+        raise TypeError(f"parallelize returns an Evo or a wrapper of one, got {type(model).__name__}")
     units = [module for module in evo.modules() if isinstance(module, FSDPModule) and (blocks or module is evo)]
     if isinstance(evo, FSDPModule):
         # The first of its units to be used would otherwise take itself for the root of them all.

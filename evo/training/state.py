@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from evo.core import ClockDensity, Evo, EvoConfig, Extremes
 from evo.core.composition import composition
 from evo.core.serialization import current_config
 from evo.training.config import OptimizerConfig
 from evo.training.optimizer import Ema, Model, adamw
+from evo.training.parallel import unwrapped
 
 
 @dataclass(kw_only=True)
@@ -117,11 +117,6 @@ class TrainState:
                     else torch.zeros(shape, dtype=dtype, device=parameter.device)
                 )
                 self.optimizer.state[parameter][kind] = zeros
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _bare(name: str) -> str:
