@@ -77,13 +77,18 @@ class _Share:
     def __call__(self, whole: int) -> Section | None:
         if whole < self.processes:
             return None
-        least, more = divmod(whole, self.processes)
-        counts = [least + (rank < more) for rank in range(self.processes)]
+        counts = even_parts(whole, self.processes)
         return Section(
             start=sum(counts[: self.rank]),
             count=counts[self.rank],
             gather=partial(_gather, counts=counts, group=self.group),
         )
+
+
+def even_parts(count: int, parts: int) -> list[int]:
+    """`count` things in so many parts, which differ by one at most."""
+    least, more = divmod(count, parts)
+    return [least + (part < more) for part in range(parts)]
 
 
 def _gather(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -36,6 +36,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from evo.core import Evo
 from evo.core.relay import Through
 from evo.core.transformer import Block, Transformer
+from evo.training.context import even_parts
 
 
 def shard_stages(model: Evo, mesh: DeviceMesh, *, microbatches: int, even: bool = False) -> Evo:
@@ -72,7 +73,7 @@ def shard_stages(model: Evo, mesh: DeviceMesh, *, microbatches: int, even: bool 
         raise ValueError(f"{len(blocks)} blocks cannot be divided among {stages} stages; each needs one: take fewer")
     if stages > 1:
         stage = mesh.get_local_rank()
-        ends = list(accumulate(_shares(len(blocks), stages), initial=0))
+        ends = list(accumulate(even_parts(len(blocks), stages), initial=0))
         own = nn.ModuleList().train(backbone.blocks.training)
         for index in range(ends[stage], ends[stage + 1]):
             own.add_module(str(index), blocks[index])
@@ -123,7 +124,7 @@ class Stages:
         parts = 1 if whole else self.microbatches if self.even else max(1, min(self.microbatches, count))
         if count < parts:
             x = torch.cat([x, x[:1].expand(parts - count, *x.shape[1:])])
-        shares = _shares(len(x), parts)
+        shares = even_parts(len(x), parts)
         trip = _Trip(self)
         entered = _Enter.apply(x, trip).split(shares)
         left = []
@@ -257,9 +258,3 @@ def _apart(stage: int) -> Iterator[None]:
 def _like(x: Tensor) -> Tensor:
     """Memory for another of this shape."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _shares(count: int, parts: int) -> list[int]:
-    """`count` things in so many parts, which differ by one at most."""
-    least, more = divmod(count, parts)
-    return [least + (part < more) for part in range(parts)]
