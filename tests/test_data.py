@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,6 +175,21 @@ def test_no_text_is_an_error_that_names_the_path(tmp_path):
         open_corpus(tmp_path / "folder", tmp_path / "cache", CorpusConfig(suffixes=(".py",)))
     with pytest.raises(ValueError, match=r"held_out is 1\.5"):
         CorpusConfig(held_out=1.5)
+    with pytest.raises(ValueError, match=r"corpus\.packing is 'tight'; needed: contiguous or best_fit"):
+        CorpusConfig(packing="tight")
+
+
+@given(size=st.integers(1, 60), share=st.floats(0.001, 0.999))
+def test_a_file_too_short_to_be_split_is_named_with_the_share(size, share, tmp_path_factory):
+    path = write(tmp_path_factory.mktemp("source"), {"text": b"a" * size}) / "text"
+    try:
+        found = sources.survey(path, CorpusConfig(held_out=share), "an encoding")
+    except ValueError as error:
+        held_out = re.search(rf"{path} has {size} bytes, of which corpus\.held_out .* holds out (\d+);", str(error))
+        assert int(held_out[1]) in (0, size)
+        return
+    assert found.train
+    assert found.held_out
 
 
 @pytest.mark.parametrize("inner", ["", "runs/evo/data"])
@@ -253,7 +269,9 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
 def test_held_out_rows_do_not_overlap(tokens, count, length, tmp_path_factory):
     found = corpus(tmp_path_factory.mktemp("data"), ["abc"], held_out="".join(of_lengths([tokens])))
     if tokens < length:
-        with pytest.raises(ValueError, match=f"held_out has {tokens} tokens, a sequence needs {length}"):
+        with pytest.raises(
+            ValueError, match=rf"held_out has {tokens} tokens, a sequence needs {length}: .*corpus\.held_out"
+        ):
             found.held_out_batch(count, length)
         return
     rows = found.held_out_batch(count, length)

@@ -223,7 +223,7 @@ def check_enough(shards: TokenShards, length: int) -> None:
     if shards.tokens < length:
         raise ValueError(
             f"the text in {shards.folder} has {shards.tokens} tokens, a sequence needs {length}: "
-            "give more text or a shorter length"
+            "give more text or a shorter length, or hold out another share of it (corpus.held_out)"
         )
 
 

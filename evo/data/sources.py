@@ -35,6 +35,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ValueError(f"corpus.held_out is {self.held_out!r}; needed: a share between 0 and 1, e.g. 0.05")
+        if self.packing not in ("contiguous", "best_fit"):
+            raise ValueError(f"corpus.packing is {self.packing!r}; needed: contiguous or best_fit")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def survey(source: Path, config: CorpusConfig, encoding: str) -> Survey:
 
     Raises:
         FileNotFoundError: where `source` is not there.
-        ValueError: where it holds no text.
+        ValueError: where it holds no text, or a single file too little to be split.
     """
     if not source.exists():
         raise FileNotFoundError(f"no file or folder at {source}: give a text file, or a folder of text files")
@@ -83,6 +85,11 @@ def survey(source: Path, config: CorpusConfig, encoding: str) -> Survey:
     if len(files) == 1:
         size = sizes[files[0]]
         cut = round(size * (1 - config.held_out))
+        if not 0 < cut < size:
+            raise ValueError(
+                f"{files[0]} has {size} bytes, of which corpus.held_out {config.held_out:g} holds out {size - cut}; "
+                "needed: one or more to train on and to hold out. Give more text, or another share"
+            )
         return Survey(signature, tuple(_parts(files[0], 0, cut)), tuple(_parts(files[0], cut, size)))
     turns = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names]
     # The extremes are dealt beforehand, so that neither side of a small folder is empty.
