@@ -133,3 +133,23 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path, forks):
     assert (process.exitcode, reference.exitcode) == (0, 0)
     assert_same_outcome(killed.out, alone.out)
     assert all(path in checkpoints(killed.out / "checkpoints") for path in (killed.out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_text('{"seed": '), "Expecting value"),
+        (lambda file: file.write_bytes(b"\xff"), "can't decode byte"),
+        (lambda file: file.write_text("[]"), "a JSON object is needed, and it holds a list"),
+        (lambda file: file.unlink(), "No such file"),
+    ],
+)
+def test_checkpoints_of_which_nothing_says_how_they_were_made_are_not_gone_on_with(tmp_path, damage, message):
+    config = small_run(tmp_path, "run")
+    (config.out / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (config.out / "config.json").write_text("{}")
+    damage(config.out / "config.json")
+    with pytest.raises(
+        ValueError, match=rf"has checkpoints, and .*config\.json, .* cannot be read .*{message}.* put it back"
+    ):
+        train(config)

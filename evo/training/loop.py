@@ -63,7 +63,8 @@ def train(config: TrainConfig, model: Evo | None = None) -> TrainResult:
     Started by `torchrun`, it is one rank of the job.
 
     Raises:
-        ValueError: where `out` holds checkpoints of other options or data, or ranks or sequences do not come out even.
+        ValueError: where `out` holds checkpoints of other options or data, or of options that its config.json does not tell; where ranks
+            or sequences do not come out even.
         FileNotFoundError, ValueError: for data not there or empty.
         FloatingPointError: when loss or gradient stay non-finite, with the sequences that spoil them.
         Preempted: (a `SystemExit` with status 75) after SIGTERM, once everything is saved.
@@ -333,12 +334,21 @@ def _check_fits(model: Evo, data: Data, config: TrainConfig) -> None:
 
 
 def _check_same_run(config: TrainConfig, described: Mapping[str, Any]) -> None:
-    """Raises `ValueError` where `out` has checkpoints made with options that lead to other weights."""
+    """Raises `ValueError` where `out` has checkpoints made with options that lead to other weights, or nothing says with which."""
+    if not checkpoints(config.out / "checkpoints"):
+        return
     known = config.out / "config.json"
-    if checkpoints(config.out / "checkpoints") and known.exists():
-        changed = differences(json.loads(known.read_text(encoding="utf-8")), described)
-        if changed:
-            raise ValueError(
-                f"{config.out} holds a run with other options: {'; '.join(changed)}. "
-                "Give the same options to go on with it, or another --out to start anew"
-            )
+    try:
+        options = json.loads(known.read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise ValueError(f"a JSON object is needed, and it holds a {type(options).__name__}")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{config.out} has checkpoints, and {known}, which says with what options they were made, cannot be read ({error}): "
+            "put it back as it was, or give another --out to start anew"
+        ) from error
+    if changed := differences(options, described):
+        raise ValueError(
+            f"{config.out} holds a run with other options: {'; '.join(changed)}. "
+            "Give the same options to go on with it, or another --out to start anew"
+        )
