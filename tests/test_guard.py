@@ -86,6 +86,21 @@ def test_a_run_told_to_end_saves_leaves_with_its_status_and_goes_on(tmp_path):
     assert train(small(tmp_path)).steps == 8
 
 
+def test_a_trainer_that_was_interrupted_says_how_to_go_on(tmp_path):
+    def interrupt(trainer: Trainer) -> None:
+        if trainer.state.step == 6:
+            raise KeyboardInterrupt
+
+    trainer = Trainer(small(tmp_path), after_step=[interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    with pytest.raises(RuntimeError, match=r"was left at step 6 of 8, .*: make a new Trainer of the same options"):
+        trainer.run()
+    again = Trainer(small(tmp_path))
+    assert again.state.step == 5
+    assert again.run().steps == again.run().steps == 8
+
+
 def test_the_samples_that_spoil_a_step_are_named(tmp_path):
     asked = small(tmp_path, optimizer=replace(small(tmp_path).optimizer, patience=1))
     (asked.data / "100.txt").write_text("what no model reads: \x07 and more of it")

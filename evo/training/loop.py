@@ -155,14 +155,24 @@ class Trainer:
         self.watch = Watch(config.timeout)
         self._suspects, self._meter, self._told = Suspects(config.batch_size, device), Meter(), Delayed()
         self._skipped = int(self.state.skipped)
+        self._left = False
         self._peak = None
         if self.first:
             given = config.peak_tflops
             self._peak = peak_flops(device, config.precision) if given is None else given * 1e12
 
     def run(self) -> TrainResult:
-        """The steps that are left, and what belongs between them. Raises as `train` does."""
+        """The steps that are left, and what belongs between them.
+
+        Raises as `train` does, and `RuntimeError` for a trainer whose run did not come to its end.
+        """
         config, state = self.config, self.state
+        if self._left:
+            raise RuntimeError(
+                f"the run of this Trainer was left at step {state.step} of {config.steps}, maybe half-way through it: make a new Trainer "
+                f"of the same options, which goes on from the last checkpoint in {config.out}"
+            )
+        self._left = True
         progress = Progress(state.step, config.steps, shown=config.progress and self.first)
         steps = range(state.step, config.steps)
         batches = load(
@@ -198,6 +208,7 @@ class Trainer:
             self.saved.wait()
             self.watch.at("the model")
             self._export()
+        self._left = False
         return TrainResult(
             model=state.ema.model,
             steps=state.step,
