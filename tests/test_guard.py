@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from evo import Evo
 from evo.data import open_corpus
-from evo.training import PREEMPTED, Preempted, TrainConfig, Trainer, train
+from evo.training import PREEMPTED, Preempted, TrainConfig, Trainer, export_average, train
 from evo.training.checkpoint import checkpoints
 from evo.training.guard import Delayed, Suspects, Termination, Watch
 from tests.training_ranks import config
@@ -99,6 +99,34 @@ def test_a_trainer_that_was_interrupted_says_how_to_go_on(tmp_path):
     again = Trainer(small(tmp_path))
     assert again.state.step == 5
     assert again.run().steps == again.run().steps == 8
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -1e-3])
+def test_a_rate_that_is_none_is_refused_before_it_spoils_a_weight(tmp_path, rate):
+    trainer = Trainer(small(tmp_path), rate=lambda step: rate if step == 2 else 1e-3)
+    with pytest.raises(ValueError, match=rf"the rate of step 2 is {rate}; needed: a finite learning rate, 0 or more"):
+        trainer.run()
+    assert trainer.state.step == 2
+    assert all(parameter.isfinite().all() for parameter in trainer.state.model.parameters())
+
+
+def test_weights_that_are_spoilt_become_no_model(tmp_path):
+    trainer = Trainer(small(tmp_path), rate=lambda step: 1e30 if step == 6 else 1e-3)
+    with pytest.raises(FloatingPointError, match=r"spoilt after step 8, .* 1 steps were left out"):
+        trainer.run()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
+    def spoil(trainer: Trainer) -> None:
+        with torch.no_grad():
+            next(trainer.state.ema.model.parameters()).fill_(math.nan)
+
+    with pytest.raises(FloatingPointError, match="spoilt"):
+        Trainer(small(tmp_path), after_step=[spoil]).run()
+    with pytest.raises(FloatingPointError, match=r"step-00000008 are not numbers .*take an earlier checkpoint"):
+        export_average(tmp_path / "run" / "checkpoints", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_samples_that_spoil_a_step_are_named(tmp_path):

@@ -260,9 +260,15 @@ def export_average(
     Raises:
         FileNotFoundError: where there is no such checkpoint.
         CheckpointError: where it is damaged.
+        FloatingPointError: where a weight is not a number.
     """
-    _, manifest, weights = _average(Path(folder), step)
+    found, manifest, weights = _average(Path(folder), step)
     config = None if manifest.config is None else EvoConfig.from_json(manifest.config)
+    if spoilt := [name for name, weight in weights.items() if weight.isnan().any()]:
+        raise FloatingPointError(
+            f"the averaged weights in {found} are not numbers ({', '.join(spoilt[:4])}, {len(spoilt)} tensors in all), and no model is "
+            "made of them: take an earlier checkpoint (evo export --step), or start a new run with a lower learning rate"
+        )
     for name in second_names(manifest.composition):
         del weights[name]
     write_pretrained(path, weights, config, manifest.composition)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,7 +67,8 @@ def train(config: TrainConfig, model: Evo | None = None) -> TrainResult:
         ValueError: where `out` holds checkpoints of other options or data, or of options that its config.json does not tell; where ranks
             or sequences do not come out even.
         FileNotFoundError, ValueError: for data not there or empty.
-        FloatingPointError: when loss or gradient stay non-finite, with the sequences that spoil them.
+        FloatingPointError: when loss or gradient stay non-finite, with the sequences that spoil them; and at the end for weights that are
+            spoilt, of which no model is made.
         Preempted: (a `SystemExit` with status 75) after SIGTERM, once everything is saved.
     """
     with launched(config.device, config.timeout) as device:
@@ -85,7 +87,7 @@ class Trainer:
         device: of this rank; by default that of the config.
         optimizer: makes the optimizer of the model as it is called in training, maybe in shards. Adam and AdamW with `fused=True`
             leave a step out without waiting for the device; any other waits for it at every step.
-        rate: learning rate of a step (from 0).
+        rate: learning rate of a step (from 0): finite, and 0 or more.
         objective: what a step asks of the model; by default the curriculum of the config. A run that goes on must be given the same.
         after_step: called with the trainer after every step, on every rank.
 
@@ -219,6 +221,9 @@ class Trainer:
     def step(self, batches: Iterator[Packed], *, told: bool = False) -> bool:
         """One step on the next batch; whether any rank was told to end, as all of them learn one step later."""
         state, config = self.state, self.config
+        rate = self.rate(state.step)
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"the rate of step {state.step} is {rate!r}; needed: a finite learning rate, 0 or more")
         self.watch.at(f"batch of step {state.step}")
         done = train_step(
             config,
@@ -226,7 +231,7 @@ class Trainer:
             self.share,
             next(batches),
             self.objective(state.step, state.clock, state.extremes),
-            rate=self.rate(state.step),
+            rate=rate,
             text_bytes=self.data.text_bytes,
             told=told,
             at=self.watch.at,
@@ -318,8 +323,15 @@ class Trainer:
         return work * speed / (self._peak * self.ranks)
 
     def _export(self) -> None:
-        """The averaged weights, whole, to `out`/model; all ranks wait for it."""
+        """The averaged weights, whole, to `out`/model; all ranks wait for it. Raises `FloatingPointError` where they are spoilt."""
         if self.first:
+            levels = self.log.latest.get("evaluation", {}).get("levels", {})
+            if levels and levels["0"]["bits"] is None:
+                raise FloatingPointError(
+                    f"the averaged weights are spoilt after step {self.state.step}, and no model is made of them: the bound on held-out "
+                    f"text is not finite at level 0, and {int(self.state.skipped)} steps were left out. Start a new run with a lower "
+                    "learning rate, or in fp32; evo export --step makes a model of an earlier checkpoint"
+                )
             # From the checkpoint, which has it whole, however it is spread here.
             export_average(self.saved.folder, self.config.out / "model", self.state.step)
         if self.share.mesh is not None:
