@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
 import os
 import re
 import signal
+import socket
 import threading
 from dataclasses import replace
 
@@ -18,7 +21,7 @@ from evo import Evo
 from evo.data import open_corpus
 from evo.training import PREEMPTED, Preempted, TrainConfig, Trainer, export_average, train
 from evo.training.checkpoint import checkpoints
-from evo.training.guard import Delayed, Suspects, Termination, Watch
+from evo.training.guard import Delayed, FolderLock, Suspects, Termination, Watch
 from tests.training_ranks import config
 
 
@@ -84,6 +87,46 @@ def test_a_run_told_to_end_saves_leaves_with_its_status_and_goes_on(tmp_path):
     assert told.value.code == PREEMPTED == 75
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")][-1] == f"step-{told.value.step:08d}"
     assert train(small(tmp_path)).steps == 8
+
+
+def test_a_folder_in_which_a_run_goes_on_is_refused_to_another_process(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    with lock.open("w") as other:
+        other.write("process 7 of there")
+        other.flush()
+        # The lock belongs to who opened the file: as good as another process.
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(
+            BlockingIOError, match=r"another run is going on in .*run \(process 7 of there\): .* or give another --out"
+        ):
+            Trainer(small(tmp_path))
+    seen = []
+
+    def other_process(trainer: Trainer) -> None:
+        with lock.open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(lock.read_text())
+        if trainer.state.step == 6:
+            raise KeyboardInterrupt
+
+    earlier = FolderLock.of(lock.parent)
+    trainer = Trainer(small(tmp_path), after_step=[other_process])
+    del earlier
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert set(seen) == {f"process {os.getpid()} of {socket.gethostname()}"}
+    with lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert Trainer(small(tmp_path)).run().steps == 8
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert FolderLock.of(tmp_path / "run") is FolderLock.of(tmp_path / "run")
 
 
 def test_a_trainer_that_was_interrupted_says_how_to_go_on(tmp_path):

@@ -1,18 +1,22 @@
-"""What a run watches for: samples that spoil a step, being told to end, and ranks that wait for one another in vain."""
+"""What a run watches for: samples that spoil a step, being told to end, another run in its folder, and ranks that wait in vain."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 import torch
 import torch.distributed as dist
@@ -56,6 +60,47 @@ class Termination:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+class FolderLock:
+    """A folder that no other process trains in: a lock on a file in it, until nobody here keeps this object, or the process ends.
+
+    On a file system without locks nobody is kept out.
+
+    Args:
+        file: to be locked; made where it is not there. It says who has it.
+
+    Raises:
+        BlockingIOError: where another process has it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"another run is going on in {file.parent} ({file.read_text()}): let it come to its end, or end it, to go on with it, "
+                "or give another --out to start anew"
+            ) from error
+        except OSError:
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} of {socket.gethostname()}".encode())
+
+    @classmethod
+    def of(cls, folder: Path) -> FolderLock:
+        """That of `folder`, which is made where it is not there; who asks again in this process shares it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder.resolve() / ".lock"
+        if (held := _LOCKS.get(file)) is None:
+            held = _LOCKS[file] = cls(file)
+        return held
+
+
+_LOCKS: WeakValueDictionary[Path, FolderLock] = WeakValueDictionary()
 
 
 class Delayed:

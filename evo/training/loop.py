@@ -21,7 +21,7 @@ from evo.training import curriculum
 from evo.training.checkpoint import Checkpointer, checkpoints, export_average
 from evo.training.config import OptimizerConfig, TrainConfig, differences
 from evo.training.flops import Flops
-from evo.training.guard import Delayed, Preempted, Suspects, Termination, Watch
+from evo.training.guard import Delayed, FolderLock, Preempted, Suspects, Termination, Watch
 from evo.training.launch import launched
 from evo.training.metrics import Meter, MetricsLog, memory_bytes
 from evo.training.optimizer import adamw, learning_rate
@@ -66,6 +66,7 @@ def train(config: TrainConfig, model: Evo | None = None) -> TrainResult:
     Raises:
         ValueError: where `out` holds checkpoints of other options or data, or of options that its config.json does not tell; where ranks
             or sequences do not come out even.
+        BlockingIOError: where another process trains in `out`.
         FileNotFoundError, ValueError: for data not there or empty.
         FloatingPointError: when loss or gradient stay non-finite, with the sequences that spoil them; and at the end for weights that are
             spoilt, of which no model is made.
@@ -125,7 +126,13 @@ class Trainer:
         mesh = parallel.mesh(device.type)
         self.share = Share.of(config, mesh)
         described = config.to_json() | ({} if model is None else {"preset": _GIVEN, "overrides": {}})
-        peers.from_first(lambda: _check_same_run(config, described))
+        self._lock = None
+
+        def enter() -> None:
+            self._lock = FolderLock.of(config.out)
+            _check_same_run(config, described)
+
+        peers.from_first(enter)
         # The first rank tokenizes what the others then find.
         if data is None:
             peers.from_first(lambda: _opened(config).fingerprint)
@@ -145,8 +152,6 @@ class Trainer:
         self.saved = Checkpointer(config.out / "checkpoints", keep=config.keep)
         self.saved.restore(self.state, corpus=self.data.fingerprint)
         if self.first:
-            # Where the data were prepared before, nobody has made it yet.
-            config.out.mkdir(parents=True, exist_ok=True)
             write_json(config.out / "config.json", described)
         peers.close()
         self.log = MetricsLog(
@@ -168,13 +173,21 @@ class Trainer:
 
         Raises as `train` does, and `RuntimeError` for a trainer whose run did not come to its end.
         """
-        config, state = self.config, self.state
         if self._left:
             raise RuntimeError(
-                f"the run of this Trainer was left at step {state.step} of {config.steps}, maybe half-way through it: make a new Trainer "
-                f"of the same options, which goes on from the last checkpoint in {config.out}"
+                f"the run of this Trainer was left at step {self.state.step} of {self.config.steps}, maybe half-way through it: make a new "
+                f"Trainer of the same options, which goes on from the last checkpoint in {self.config.out}"
             )
         self._left = True
+        try:
+            result = self._run()
+        finally:
+            self._lock = None
+        self._left = False
+        return result
+
+    def _run(self) -> TrainResult:
+        config, state = self.config, self.state
         progress = Progress(state.step, config.steps, shown=config.progress and self.first)
         steps = range(state.step, config.steps)
         batches = load(
@@ -210,7 +223,6 @@ class Trainer:
             self.saved.wait()
             self.watch.at("the model")
             self._export()
-        self._left = False
         return TrainResult(
             model=state.ema.model,
             steps=state.step,
