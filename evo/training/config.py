@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from evo.data import CorpusConfig
+from evo.training.manifest import checkpoints
 from evo.training.parallel import ParallelConfig
 from evo.training.precision import Precision
 
@@ -293,6 +295,27 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted(flat_old.keys() | flat_new.keys())
         if flat_old.get(name) != flat_new.get(name) and name.partition(".")[0] not in _FREE
     ]
+
+
+def check_same_run(config: TrainConfig, described: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where `out` has checkpoints made with options that lead to other weights, or nothing says with which."""
+    if not checkpoints(config.out / "checkpoints"):
+        return
+    known = config.out / "config.json"
+    try:
+        options = json.loads(known.read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise ValueError(f"a JSON object is needed, and it holds a {type(options).__name__}")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{config.out} has checkpoints, and {known}, which says with what options they were made, cannot be read ({error}): "
+            "put it back as it was, or give another --out to start anew"
+        ) from error
+    if changed := differences(options, described):
+        raise ValueError(
+            f"{config.out} holds a run with other options: {'; '.join(changed)}. "
+            "Give the same options to go on with it, or another --out to start anew"
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

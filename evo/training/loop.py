@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from evo.data import Corpus, Data, Packed, load, open_corpus
 from evo.data.loader import checked
 from evo.files import write_json
 from evo.training import curriculum
-from evo.training.checkpoint import Checkpointer, checkpoints, export_average
-from evo.training.config import OptimizerConfig, TrainConfig, differences
+from evo.training.checkpoint import Checkpointer, export_average
+from evo.training.config import OptimizerConfig, TrainConfig, check_same_run
 from evo.training.flops import Flops
 from evo.training.guard import Delayed, FolderLock, Preempted, Suspects, Termination, Watch
 from evo.training.launch import launched
@@ -130,7 +129,7 @@ class Trainer:
 
         def enter() -> None:
             self._lock = FolderLock.of(config.out)
-            _check_same_run(config, described)
+            check_same_run(config, described)
 
         peers.from_first(enter)
         # The first rank tokenizes what the others then find.
@@ -365,25 +364,4 @@ def _check_fits(model: Evo, data: Data, config: TrainConfig) -> None:
     if config.length > model.context:
         raise ValueError(
             f"length is {config.length}, the model's context {model.context}: ask for shorter sequences, or build it with a longer context"
-        )
-
-
-def _check_same_run(config: TrainConfig, described: Mapping[str, Any]) -> None:
-    """Raises `ValueError` where `out` has checkpoints made with options that lead to other weights, or nothing says with which."""
-    if not checkpoints(config.out / "checkpoints"):
-        return
-    known = config.out / "config.json"
-    try:
-        options = json.loads(known.read_text(encoding="utf-8"))
-        if not isinstance(options, dict):
-            raise ValueError(f"a JSON object is needed, and it holds a {type(options).__name__}")
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"{config.out} has checkpoints, and {known}, which says with what options they were made, cannot be read ({error}): "
-            "put it back as it was, or give another --out to start anew"
-        ) from error
-    if changed := differences(options, described):
-        raise ValueError(
-            f"{config.out} holds a run with other options: {'; '.join(changed)}. "
-            "Give the same options to go on with it, or another --out to start anew"
         )
