@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import math
 import multiprocessing
 import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evo.training import EvaluationConfig, OptimizerConfig, TrainConfig, loop, train
+from evo import Evo
+from evo.training import EvaluationConfig, OptimizerConfig, Preempted, TrainConfig, Trainer, loop, train
 from evo.training.checkpoint import checkpoints
 
 OPTIMIZER = OptimizerConfig(warmup=2)
@@ -133,6 +137,48 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path, forks):
     assert (process.exitcode, reference.exitcode) == (0, 0)
     assert_same_outcome(killed.out, alone.out)
     assert all(path in checkpoints(killed.out / "checkpoints") for path in (killed.out / "checkpoints").iterdir())
+
+
+def spoilt_by_some_rows(folder: Path, name: str, after_step=()) -> Trainer:
+    """A run of which some steps are left out, whenever they are made."""
+    config = small_run(folder, name, log_every=4, evaluation=EvaluationConfig(every=3, sequences=2, clock_values=1))
+    torch.manual_seed(0)
+    model = Evo.from_preset("tiny", vocab_size=259, **config.overrides)
+
+    def spoil(module, arguments, output):
+        return replace(output, loss=output.loss * math.nan) if arguments[0].sum() % 3 == 0 else None
+
+    model.register_forward_hook(spoil)
+    return Trainer(config, model=model, after_step=after_step)
+
+
+def test_a_run_told_to_end_or_stopped_in_an_evaluation_leaves_the_records_of_one_left_alone(tmp_path):
+    spoilt_by_some_rows(tmp_path, "alone").run()
+    expected = outcome(tmp_path / "alone")
+    assert "skipped" in {record["kind"] for record in expected[2]}
+
+    def tell(step):
+        def call(trainer):
+            if trainer.state.step == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        return spoilt_by_some_rows(tmp_path, "told", [call])
+
+    def stop_in_evaluation():
+        trainer = spoilt_by_some_rows(tmp_path, "told")
+        with mock.patch.object(loop, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            trainer.run()
+
+    stop_in_evaluation()
+    # Takes effect two steps later: where an evaluation is due, and between two lines.
+    for step, left in ((4, 6), (9, 11)):
+        with pytest.raises(Preempted) as told:
+            tell(step).run()
+        assert told.value.step == left
+    stop_in_evaluation()
+    assert checkpoints(tmp_path / "told" / "checkpoints")[-1].name == "step-00000012"
+    assert spoilt_by_some_rows(tmp_path, "told").run().evaluation == expected[2][-1]
+    assert_same_outcome(tmp_path / "told", tmp_path / "alone")
 
 
 @pytest.mark.parametrize(

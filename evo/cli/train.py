@@ -42,8 +42,8 @@ def run(options: Options) -> None:
     result = train(TrainConfig(**_values(options)))
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    # Of a run that was done before its figures may be gone; one that is not finite is null, as the error of a single sequence.
-    for level, figure in result.evaluation.get("levels", {}).items():
+    # A figure that is not finite is null, as the error of a single sequence.
+    for level, figure in result.evaluation["levels"].items():
         bits, error = (math.nan if (value := figure[name]) is None else value for name in ("bits", "standard_error"))
         print(f"held-out bits per byte, level {level:<8}{bits:.4f} ± {error:.4f}")
     skipped = f", {result.skipped} left out" if result.skipped else ""

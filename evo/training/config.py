@@ -144,7 +144,7 @@ class EvaluationConfig:
     """The bound on held-out text, measured with the averaged weights at levels 0, 1 and learned."""
 
     every: int = 500
-    """Steps from one evaluation to the next; the last step is always followed by one."""
+    """Steps from one evaluation to the next; the last step is always followed by one. What is evaluated is saved first."""
     sequences: int = 16
     """Held-out sequences measured."""
     clock_values: int = 4
@@ -190,7 +190,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps from one line of metrics to the next."""
     save_every: int = 250
-    """Steps from one checkpoint to the next; the last step is always saved."""
+    """Steps from one checkpoint to the next; the last step is always saved, and each that is evaluated."""
     keep: int = 2
     """Checkpoints kept, the latest."""
     timeout: float = 1800.0

@@ -152,15 +152,21 @@ class Trainer:
         self.saved.restore(self.state, corpus=self.data.fingerprint)
         if self.first:
             write_json(config.out / "config.json", described)
-        peers.close()
         self.log = MetricsLog(
             config.out / "metrics.jsonl" if self.first else None,
             self.state.step,
             config.out / "tensorboard" if config.tensorboard else None,
         )
+        latest = self.log.latest.get("evaluation", {}).get("step")
+        self._owed = peers.from_first(lambda: self._evaluates(self.state.step) and latest != self.state.step)
+        peers.close()
         self.watch = Watch(config.timeout)
         self._suspects, self._meter, self._told = Suspects(config.batch_size, device), Meter(), Delayed()
         self._skipped = int(self.state.skipped)
+        if (carried := self.log.carried) is not None:
+            self._skipped = carried["told"]
+            self._suspects.restore(*carried["suspects"])
+            self._meter.restore(carried["sums"], carried["counted"], device)
         self._left = False
         self._peak = None
         if self.first:
@@ -196,28 +202,32 @@ class Trainer:
         with self.watch, self.log, self.saved, batches, progress, Termination() as termination:
             if state.step:
                 progress.note(f"going on from step {state.step} of {config.steps}")
+            if self._owed:
+                self._log_evaluation(progress)
             while state.step < config.steps:
                 ending = self.step(batches, told=termination.asked)
                 progress.advance()
-                last = state.step == config.steps
-                saving = ending or last or state.step % config.save_every == 0
-                # A line before each checkpoint makes the lines of a resumed run those of a run left alone.
+                evaluating = self._evaluates(state.step)
+                saving = evaluating or state.step % config.save_every == 0
+                # A line before each checkpoint makes the lines of a resumed run those of a run left alone; so does what is carried over
+                # where it was told to end.
                 if saving or state.step % config.log_every == 0:
                     figures = self._read(progress)
                     self.log.write("train", state.step, **figures)
                     progress.show(state.step, figures)
-                if last or (state.step % config.evaluation.every == 0 and not ending):
-                    self.watch.at(f"evaluation after step {state.step}")
-                    self.log.write("evaluation", state.step, **self.evaluate(progress))
-                    self._meter.restart_clock()
-                if saving:
+                elif ending:
+                    suspects, (sums, counted, _) = self._suspects.read(), self._meter.read()
+                    self.log.carry(state.step, sums=sums, counted=counted, told=self._skipped, suspects=suspects)
+                if saving or ending:
                     self.watch.at(f"checkpoint of step {state.step}")
                     self.log.sync()
                     self.saved.save(state, corpus=self.data.fingerprint)
                     self._meter.restart_clock()
-                if ending and not last:
+                if ending and state.step < config.steps:
                     self.saved.wait()
                     raise Preempted(state.step, config.steps)
+                if evaluating:
+                    self._log_evaluation(progress)
             self.watch.at("the last checkpoint")
             self.saved.wait()
             self.watch.at("the model")
@@ -252,6 +262,15 @@ class Trainer:
         for call in self.after_step:
             call(self)
         return self._told.exchange(done.told) > 0
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation belongs behind `step` steps."""
+        return step > 0 and (step == self.config.steps or step % self.config.evaluation.every == 0)
+
+    def _log_evaluation(self, progress: Progress) -> None:
+        self.watch.at(f"evaluation after step {self.state.step}")
+        self.log.write("evaluation", self.state.step, **self.evaluate(progress))
+        self._meter.restart_clock()
 
     @torch.no_grad()
     def evaluate(self, progress: Progress) -> dict[str, Any]:
