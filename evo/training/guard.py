@@ -143,11 +143,6 @@ class Suspects:
         self._step = torch.where(finite, self._step, step)
         self._unsound = torch.where(finite, self._unsound, unsound)
 
-    def restore(self, step: int, rows: list[int]) -> None:
-        """Bring back what `read` has returned."""
-        self._step.fill_(step)
-        self._unsound[rows] = True
-
     def read(self) -> tuple[int, list[int]]:
         """The step, -1 if none was left out, and the rows of its batch."""
         return int(self._step), self._unsound.nonzero().flatten().tolist()

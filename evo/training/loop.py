@@ -163,10 +163,6 @@ class Trainer:
         self.watch = Watch(config.timeout)
         self._suspects, self._meter, self._told = Suspects(config.batch_size, device), Meter(), Delayed()
         self._skipped = int(self.state.skipped)
-        if (carried := self.log.carried) is not None:
-            self._skipped = carried["told"]
-            self._suspects.restore(*carried["suspects"])
-            self._meter.restore(carried["sums"], carried["counted"], device)
         self._left = False
         self._peak = None
         if self.first:
@@ -208,17 +204,13 @@ class Trainer:
                 ending = self.step(batches, told=termination.asked)
                 progress.advance()
                 evaluating = self._evaluates(state.step)
-                saving = evaluating or state.step % config.save_every == 0
-                # A line before each checkpoint makes the lines of a resumed run those of a run left alone; so does what is carried over
-                # where it was told to end.
+                saving = ending or evaluating or state.step % config.save_every == 0
+                # A line before each checkpoint makes the lines of a resumed run those of a run left alone.
                 if saving or state.step % config.log_every == 0:
                     figures = self._read(progress)
                     self.log.write("train", state.step, **figures)
                     progress.show(state.step, figures)
-                elif ending:
-                    suspects, (sums, counted, _) = self._suspects.read(), self._meter.read()
-                    self.log.carry(state.step, sums=sums, counted=counted, told=self._skipped, suspects=suspects)
-                if saving or ending:
+                if saving:
                     self.watch.at(f"checkpoint of step {state.step}")
                     self.log.sync()
                     self.saved.save(state, corpus=self.data.fingerprint)

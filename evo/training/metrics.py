@@ -10,14 +10,14 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evo.files import write_json, write_text
+from evo.files import write_text
 
 
 class MetricsLog:
@@ -33,7 +33,6 @@ class MetricsLog:
 
     Attributes:
         latest: the latest record of each kind.
-        carried: what `carry` left at this step; None where nothing was.
 
     Raises:
         ImportError: where TensorBoard is asked for and not installed.
@@ -41,7 +40,6 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, upto: int, tensorboard: Path | None = None) -> None:
         self.latest: dict[str, dict[str, Any]] = {}
-        self.carried: dict[str, Any] | None = None
         self._file, self._board = None, None
         if path is None:
             return
@@ -50,7 +48,6 @@ class MetricsLog:
         if kept != lines:
             write_text(path, "".join(kept))
         self.latest = {record["kind"]: record for record in map(json.loads, kept)}
-        self.carried = _carried(_beside(path), upto)
         if tensorboard is not None:
             self._board = _board(tensorboard, upto)
         self._file = path.open("a", encoding="utf-8")
@@ -65,12 +62,6 @@ class MetricsLog:
         if self._board is not None:
             for name, value in _scalars(values, kind):
                 self._board.add_scalar(name, value, step)
-
-    def carry(self, step: int, **values: Any) -> None:
-        """Leave what belongs into lines after `step` to the log that is opened at it next, as its `carried`; in a file beside."""
-        if self._file is not None:
-            with _refusals(self._file.name):
-                write_json(_beside(Path(self._file.name)), {"step": step, **values})
 
     def sync(self) -> None:
         """Have all lines on the disk: a checkpoint must not be newer than its metrics."""
@@ -111,10 +102,6 @@ class Meter:
         self._counted = self._counted + counted
         self._steps += 1
 
-    def restore(self, sums: list[float], counted: int, device: torch.device) -> None:
-        """Begin with sums that were read before, of so many steps that counted; speed is that of the steps to come."""
-        self._sums, self._counted = torch.tensor(sums, dtype=torch.float64, device=device), counted
-
     def read(self) -> tuple[list[float], int, float]:
         """Sums of the figures, how many steps they are of, and steps a second, those that did not count among them; then start anew."""
         sums = self._sums.tolist() if isinstance(self._sums, Tensor) else []
@@ -138,20 +125,6 @@ def _record(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if line.endswith("\n") and isinstance(record, dict) and {"kind", "step"} <= record.keys() else None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name("carried.json")
-
-
-def _carried(path: Path, step: int) -> dict[str, Any] | None:
-    """What was carried over at `step`; a file of another step is of no use any more, and deleted."""
-    with suppress(OSError, ValueError):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("step") == step:
-            return values
-    path.unlink(missing_ok=True)
-    return None
 
 
 @contextmanager
