@@ -12,6 +12,7 @@ import torch
 
 from evo import Evo, Objective, evaluate
 from evo.core import Exploration, LatentSpace, Transformer
+from evo.core.contract import check_tokens
 from evo.heads import FixedTimestep
 from evo.schedules import Cosine
 from evo.solvers import Euler, Heun, integrate
@@ -166,6 +167,16 @@ def test_parts_of_generation_are_refused_at_once(arguments, said):
     for call in (MODEL.generate, MODEL.stream):
         with pytest.raises(TypeError, match=said):
             call(TOKENS, **given)
+
+
+def test_ids_are_looked_at_once(monkeypatch):
+    """On an accelerator every look waits for all that it was asked to do before."""
+    looks = []
+    for name in ("item", "tolist"):
+        look = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, look=look: looks.append(look) or look(tensor))
+    check_tokens(MODEL, TOKENS)
+    assert len(looks) == 1
 
 
 def test_whole_numbers_of_any_kind_are_the_same():

@@ -64,7 +64,7 @@ def check_tokens(model: Evo, tokens: Tensor, name: str = "tokens", minimum: int 
     if tokens.device != model.bos.device:
         raise ValueError(f"{name}: ids on {tokens.device}, the model on {model.bos.device}: move one to the other")
     if tokens.numel() and looks(model):
-        low, high = tokens.min().item(), tokens.max().item()
+        low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= model.latent_space.vocab_size:
             vocab_size = model.latent_space.vocab_size
             raise ValueError(
