@@ -172,7 +172,7 @@ def test_flops_of_a_training_step(counted, config, length, sequences, share, cau
 # Activations.
 
 
-def kept(config, length, precision, sequences=2) -> int:
+def kept(config, length, precision, sequences=2, causal_weight=0.0) -> int:
     """Bytes that autograd keeps of a training step at random levels, by storage, weights and their casts left out."""
     model = config.build().train()
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -191,7 +191,7 @@ def kept(config, length, precision, sequences=2) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision.casts),
     ):
-        model(tokens, objective=Objective(exploration=Exploration(share=1.0)))
+        model(tokens, objective=Objective(exploration=Exploration(share=1.0), causal_weight=causal_weight))
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -209,14 +209,16 @@ def kept(config, length, precision, sequences=2) -> int:
     ],
     ids=str,
 )
-def test_activations_are_what_autograd_keeps(precision, overrides):
-    length = 60
+@pytest.mark.parametrize("scored_first", [False, True])
+def test_activations_are_what_autograd_keeps(precision, overrides, scored_first):
+    length, weight = 60, 10.0 if scored_first else 0.0
+    how = {"precision": precision, "fused": False, "mask_matrices": True, "scored_first": scored_first}
 
     def both(**more):
         """Measured and expected for a sequence; as the growth with the batch, so that what all sequences share falls out."""
         config = small(**overrides, **more)
-        measured = kept(config, length, precision, 3) - kept(config, length, precision, 2)
-        return measured, activation_bytes(config, length=length, precision=precision, fused=False, mask_matrices=True)
+        measured = kept(config, length, precision, 3, weight) - kept(config, length, precision, 2, weight)
+        return measured, activation_bytes(config, length=length, **how)
 
     measured, found = both()
     assert measured == pytest.approx(found.total - found.workspace, rel=0.02)
@@ -245,6 +247,7 @@ def test_as_many_sequences_as_fit():
     assert planned(checkpointing=False).micro_batch < found.micro_batch
     assert planned(precision=FP32).micro_batch < found.micro_batch
     assert planned(length=32).micro_batch > 1.9 * found.micro_batch
+    assert planned(objective=Objective(causal_weight=1.0)).micro_batch < found.micro_batch
 
 
 def test_time_is_work_over_speed():

@@ -115,7 +115,13 @@ def budget(
     state = StateBytes.of(parameters.total)
     gathered = _gathered_bytes(config, parameters, gpus, precision, checkpointing)
     vocabulary = _vocabulary_bytes(config, precision)
-    activations = activation_bytes(config, length=length, precision=precision, checkpointing=checkpointing)
+    activations = activation_bytes(
+        config,
+        length=length,
+        precision=precision,
+        checkpointing=checkpointing,
+        scored_first=objective.causal_weight > 0,
+    )
     fixed = state.total / gpus + gathered + vocabulary
     if micro_batch is None:
         micro_batch = max(1, int((gpu_bytes - fixed) // activations.total))

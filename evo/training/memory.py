@@ -104,9 +104,10 @@ class ActivationBytes:
     """What autograd keeps of one sequence between the way forward and the way back.
 
     Attributes:
-        blocks: inside and between the blocks of both halves.
+        blocks: inside and between the blocks of both halves, and of a scored first pass.
         recomputed: of one block, computed once more on the way back; 0 without checkpointing.
-        logits: five tensors (N, V) in float32: what the sketch, its posterior, the flow (twice) and the reconstruction say.
+        logits: five tensors (N, V) in float32: what the sketch, its posterior, the flow (twice) and the reconstruction say; six with a
+            scored first pass.
         masks: matrices of the window mask, one a block, where the attention backend needs them; 0 where a mask is a rule.
         others: latents, inputs of the readout and the like.
         workspace: not kept, but there with them: three more tensors like logits (context logits; two gradients on the way back).
@@ -133,6 +134,7 @@ def activation_bytes(
     checkpointing: bool = False,
     fused: bool = True,
     mask_matrices: bool = False,
+    scored_first: bool = False,
 ) -> ActivationBytes:
     """Of one sequence of `length` tokens in a training step.
 
@@ -143,11 +145,12 @@ def activation_bytes(
         checkpointing: keep the inputs of blocks alone, and compute each block once more.
         mask_matrices: whether attention needs masks as matrices and keeps them (sdpa); flex takes them as rules.
         fused: whether a norm keeps its input alone, as on an accelerator; on a CPU RMSNorm keeps what it has normalised too.
+        scored_first: whether there is a causal pass over the clean text that is learned from too, see `Objective.causal_weight`.
     """
     model = one_block(config)
     backbone, dim, vocabulary = model.backbone, model.latent_space.dim, model.latent_space.vocab_size
     bos = backbone.positions - config.context
-    positions = (length - 1 + bos) + (length + bos)
+    positions = (length - 1 + bos) * (2 if scored_first else 1) + (length + bos)
     inside = _block_bytes(config, backbone.blocks[0], precision, fused)
     width, residual, compute = backbone.width, precision.residual_bytes, precision.compute_bytes
     normalised = residual if isinstance(config.norm, RMSNorm) and not fused else 0
@@ -158,11 +161,16 @@ def activation_bytes(
     # The last norm and the readout behind it; level features; latents, noise and queries of the evidence, all float32.
     others = positions * (width * (residual + compute + normalised) + dim * compute)
     others += positions * 2 * backbone.level_embedding.frequencies * compute
-    others += length * 6 * 4 * dim
+    others += length * (6 * 4 + (compute if scored_first else 0)) * dim
     logits = length * vocabulary * 4
     masks = (length + bos) ** 2 * compute * (1 if checkpointing else config.depth) if mask_matrices else 0
     return ActivationBytes(
-        blocks=blocks, recomputed=recomputed, logits=5 * logits, masks=masks, others=others, workspace=3 * logits
+        blocks=blocks,
+        recomputed=recomputed,
+        logits=(6 if scored_first else 5) * logits,
+        masks=masks,
+        others=others,
+        workspace=3 * logits,
     )
 
 
