@@ -101,6 +101,7 @@ def test_a_folder_in_which_a_run_goes_on_is_refused_to_another_process(tmp_path)
             BlockingIOError, match=r"another run is going on in .*run \(process 7 of there\): .* or give another --out"
         ):
             Trainer(small(tmp_path))
+        assert not (lock.parent / "data").exists()
     seen = []
 
     def other_process(trainer: Trainer) -> None:

@@ -125,16 +125,11 @@ class Trainer:
         mesh = parallel.mesh(device.type)
         self.share = Share.of(config, mesh)
         described = config.to_json() | ({} if model is None else {"preset": _GIVEN, "overrides": {}})
-        self._lock = None
-
-        def enter() -> None:
-            self._lock = FolderLock.of(config.out)
-            check_same_run(config, described)
-
-        peers.from_first(enter)
+        peers.from_first(lambda: check_same_run(config, described))
+        self._lock: FolderLock | None = None
         # The first rank tokenizes what the others then find.
         if data is None:
-            peers.from_first(lambda: _opened(config).fingerprint)
+            peers.from_first(self._tokenize)
         self.data: Data = _opened(config) if data is None else data
         if model is None:
             torch.manual_seed(config.seed)
@@ -148,6 +143,7 @@ class Trainer:
             spread=lambda whole: parallelize(whole, parallel, mesh, dtype=width(device, config.precision)),
             optimizer=optimizer,
         )
+        peers.from_first(self._enter)
         self.saved = Checkpointer(config.out / "checkpoints", keep=config.keep)
         self.saved.restore(self.state, corpus=self.data.fingerprint)
         if self.first:
@@ -168,6 +164,16 @@ class Trainer:
         if self.first:
             given = config.peak_tflops
             self._peak = peak_flops(device, config.precision) if given is None else given * 1e12
+
+    def _enter(self) -> None:
+        """Keep other processes out of the folder."""
+        self._lock = FolderLock.of(self.config.out)
+
+    def _tokenize(self) -> None:
+        source = self.config.data
+        if source is not None and source.exists():
+            self._enter()
+        _opened(self.config)
 
     def run(self) -> TrainResult:
         """The steps that are left, and what belongs between them.
@@ -263,6 +269,7 @@ class Trainer:
         self.watch.at(f"evaluation after step {self.state.step}")
         self.log.write("evaluation", self.state.step, **self.evaluate(progress))
         self._meter.restart_clock()
+        self._owed = False
 
     @torch.no_grad()
     def evaluate(self, progress: Progress) -> dict[str, Any]:
