@@ -198,7 +198,10 @@ def training_step(
         loss = loss + objective.causal_weight * (chosen.causal * scored).sum() / count
     observed = _observed(objective, refinement, chosen, cost, sketch.levels, scored, free)
     if chosen is not None and refinement is not None and chosen.kinds.learners.whole:
-        push = _push(sketch, cost, free, refinement.clock, path, chance, objective, chosen)
+        slope = None
+        if objective.trials:
+            slope = slope_by_trial(sketch, cost, free, refinement.clock, path, chance, objective, chosen.kinds)
+        push = _push(objective, chosen, free, slope)
         # By how many tokens learners have scored in the mean, since how many it is here other parts do not know.
         loss = loss + push / count * (part.total / chosen.kinds.learners.whole)
     return Output(
@@ -327,22 +330,12 @@ def _waiting(batch: Batch, noise: Tensor, parallel: Subset, chance: Chance) -> W
     return Waiting(known=known, noise=fresh)
 
 
-def _push(
-    sketch: Sketch,
-    cost: Tensor,
-    free: Tensor,
-    clock: Tensor,
-    path: Path,
-    chance: Chance,
-    objective: Objective,
-    chosen: Chosen,
-) -> Tensor | float:
+def _push(objective: Objective, chosen: Chosen, free: Tensor, slope: Tensor | None) -> Tensor | float:
     """What moves the head's logits beside the gradient of the bound, nats summed over its levels: ends that are better, and trials."""
     pushes: Tensor | float = 0.0
     if objective.extremes is not None:
         pushes = pushes + objective.extremes.push(chosen.head)
-    if objective.trials:
-        slope = slope_by_trial(sketch, cost, free, clock, path, chance, objective, chosen.kinds)
+    if slope is not None:
         pushes = pushes + pushed(chosen.head, objective.trials * slope.to(chosen.head.dtype))
     if isinstance(pushes, float):
         return pushes
