@@ -8,11 +8,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from evo.data.writing import FilePart
+
+PackingName = Literal["contiguous", "best_fit"]
 
 _LONGEST = 16 << 20  # bytes of a text; longer files are several
 _LINE = 1 << 16  # bytes in which a line is expected to end
@@ -29,14 +31,14 @@ class CorpusConfig:
     """Folders of these names are passed over; so is everything whose name begins with a dot."""
     held_out: float = 0.05
     """Share kept from training: of a folder by file (a hash of its relative path decides), of a single file its end."""
-    packing: Literal["contiguous", "best_fit"] = "contiguous"
+    packing: PackingName = "contiguous"
     """contiguous cuts the text at every sequence's end; best_fit cuts only documents longer than a sequence, and pads a little."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ValueError(f"corpus.held_out is {self.held_out!r}; needed: a share between 0 and 1, e.g. 0.05")
-        if self.packing not in ("contiguous", "best_fit"):
-            raise ValueError(f"corpus.packing is {self.packing!r}; needed: contiguous or best_fit")
+        if self.packing not in get_args(PackingName):
+            raise ValueError(f"corpus.packing is {self.packing!r}; needed: {' or '.join(get_args(PackingName))}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from evo.training.manifest import checkpoints
 from evo.training.parallel import ParallelConfig
 from evo.training.precision import Precision
 
+PathName = Literal["early_stop", "late_start", "full"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -55,7 +57,7 @@ class OptimizerConfig:
 class CurriculumConfig:
     """What a step asks of the model: levels to explore, windows, and the weights of the terms beside the bound."""
 
-    path: Literal["early_stop", "late_start", "full"] = "early_stop"
+    path: PathName = "early_stop"
     """How levels fall from where a token is sketched to 0, in training and in evaluation."""
     explore: float = 0.8
     """Share of sequences whose levels are random at the first step; the others take the levels of the timestep head. It is from the random
@@ -111,7 +113,7 @@ class CurriculumConfig:
     """Price λ of the mean level in nats a token; more makes refinement rarer."""
 
     def __post_init__(self) -> None:
-        paths = ("early_stop", "late_start", "full")
+        paths = get_args(PathName)
         _check(self.path in paths, "curriculum.path", self.path, f"one of {', '.join(paths)}")
         for name in (
             "explore",
