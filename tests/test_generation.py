@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -146,6 +147,32 @@ def test_a_stochastic_solver_draws_noise_that_is_new_at_every_step_and_in_every_
     assert (torch.pdist(noise) > 0).all()
     with pytest.raises(ValueError, match="the solver has a generator of its own"):
         write(Ancestral(schedule=MODEL.schedule, generator=generator(0)))
+
+
+def test_a_stochastic_method_of_ones_own_draws_from_each_sequences_stream_too():
+    @dataclass(frozen=True, kw_only=True)
+    class Shaken(Euler):
+        generators: Sequence[torch.Generator] = ()
+
+        def drawing(self, generators):
+            return replace(self, generators=generators())
+
+        def step(self, field, latents, level, next_level, state):
+            latents, state = super().step(field, latents, level, next_level, state)
+            fresh = [torch.randn(latents.shape[1:], generator=each, dtype=latents.dtype) for each in self.generators]
+            return latents + (level != next_level).unsqueeze(-1) * torch.stack(fresh), state
+
+    prompt, options = prompt_of(0, 3), {"solver": Shaken(), "levels": 1.0, "max_steps": 4}
+    whole, still = (
+        MODEL.generate(
+            prompt, 6, generator=[generator(row) for row in range(3)], **(options | {"solver": solver})
+        ).tokens
+        for solver in (Shaken(), Euler())
+    )
+    assert not torch.equal(whole, still)
+    for row in range(3):
+        alone = MODEL.generate(prompt[row : row + 1], 6, generator=generator(row), **options).tokens
+        assert torch.equal(alone[0], whole[row])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 
 import torch
@@ -22,7 +23,7 @@ from evo.core.ends import Banned
 from evo.core.prompted import Prompted
 from evo.heads import Decoder
 from evo.schedules import check_rows
-from evo.solvers import Ancestral, FixedStep, Solver, integrate
+from evo.solvers import FixedStep, Solver, integrate
 
 Plan = Callable[[Tensor, int, float], Tensor]
 """A rule for plans: levels (B, N), K and t_min to levels (B, K+1, N)."""
@@ -192,9 +193,8 @@ def refine(state: Prompted, sketch: SketchedWindow, request: Request) -> tuple[T
                 plan[:, row + 1 :].masked_fill_(early.unsqueeze(1), 0.0)
             moved, target = latents, torch.where(moving, after, level)
             if any_moving and isinstance(solver, FixedStep):
-                if sketch.generators is not None and isinstance(solver, Ancestral):
-                    solver = replace(solver, generator=sketch.generators(row))
-                moved, memory = solver.advance(field, latents, level, target, before)
+                step = solver if sketch.generators is None else solver.drawing(partial(sketch.generators, row))
+                moved, memory = step.advance(field, latents, level, target, before)
             elif any_moving:
                 moved = integrate(field, latents, level, target, solver=solver).latents
             found = field.found(latents, level)

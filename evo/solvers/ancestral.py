@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class Ancestral(FixedStep):
         super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is the share of the noise to redraw, from 0 to 1, got {self.eta}")
+
+    def drawing(self, generators: Callable[[], Sequence[torch.Generator]]) -> Ancestral:
+        """The same with `generator` replaced."""
+        return replace(self, generator=generators())
 
     def step(
         self, field: Field, latents: Tensor, level: Tensor, next_level: Tensor, state: None

@@ -7,6 +7,7 @@ Every token has a span of levels of its own, start_i to end_i. All of them share
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -104,6 +105,13 @@ class FixedStep(Solver):
         `state` is what the step before returned, None in the first: a method remembers by it, and holds nothing itself.
         A token whose two levels are equal must stay where it is, up to rounding.
         """
+
+    def drawing(self, generators: Callable[[], Sequence[torch.Generator]]) -> FixedStep:
+        """This method as it draws from one generator for each sequence; itself, and nobody is asked, if it draws nothing.
+
+        `Evo.generate` and `Evo.edit` call it for every row of a plan, with streams of that row.
+        """
+        return self
 
     def advance(
         self, field: Field, latents: Tensor, level: Tensor, next_level: Tensor, state: Any
